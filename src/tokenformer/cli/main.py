@@ -1,0 +1,61 @@
+"""The ``tokenformer`` command. Commands import what they need when they run, so ``--help`` is instant."""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import version
+from typing import Annotated
+
+import click
+import typer
+from rich.console import Console
+
+from tokenformer.errors import TokenFormerError
+
+app = typer.Typer(
+    name="tokenformer",
+    help="Sequence models that grow: train a TokenFormer, make it larger without losing anything, go on.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"tokenformer {version('tokenformer')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    click.get_current_context().obj = {"debug": debug}
+
+
+def _register() -> None:
+    from tokenformer.cli import convert, evaluate, generate, grow, inspect, prepare, quickstart, report, train
+
+    for module in (quickstart, prepare, train, grow, evaluate, generate, convert, inspect, report):
+        module.register(app)
+
+
+def main() -> None:
+    """Entry point: run the command; a :class:`TokenFormerError` becomes one message and exit code 2."""
+    _register()
+    debug = "--debug" in sys.argv[1:]
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    try:
+        app(args=arguments, prog_name="tokenformer")
+    except TokenFormerError as error:
+        if debug:
+            raise
+        console = Console(stderr=True, highlight=False, soft_wrap=True)
+        console.print("error:", style="bold red", end=" ")
+        console.print(str(error), markup=False)
+        sys.exit(2)

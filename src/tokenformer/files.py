@@ -1,0 +1,138 @@
+"""Outputs that appear under their final name only when complete, and readers that explain what is wrong."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tokenformer.errors import TokenFormerError
+
+
+def require_free(path: Path | str) -> Path:
+    """Refuse a path that already holds something.
+
+    Raises:
+        TokenFormerError: ``path`` is a file or a directory that is not empty.
+    """
+    path = Path(path)
+    if path.is_dir() and not any(path.iterdir()):
+        return path
+    if path.exists() or path.is_symlink():
+        what = "a directory with content" if path.is_dir() else "a file"
+        raise TokenFormerError(f"{path}: {what} is already there; name another output or remove it first")
+    return path
+
+
+@contextmanager
+def new_directory(path: Path | str, *, replace: bool = False) -> Iterator[Path]:
+    """Yield a scratch directory that becomes ``path`` when the block ends without an error.
+
+    The scratch directory lies beside ``path``, so that the final step is one rename. With ``replace`` an
+    existing ``path`` is exchanged; it stays whole until the new content is complete.
+
+    Raises:
+        TokenFormerError: ``path`` holds something and ``replace`` is false, or the disk refuses.
+    """
+    path = Path(path)
+    if not replace:
+        require_free(path)
+    scratch = path.with_name(f".{path.name}.incomplete-{os.getpid()}")
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        scratch.mkdir(parents=True)
+        yield scratch
+        _put_in_place(scratch, path)
+    except OSError as error:
+        raise TokenFormerError(f"{path}: could not be written ({error.strerror or error})") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _put_in_place(scratch: Path, path: Path) -> None:
+    for file in scratch.rglob("*"):
+        if file.is_file():
+            _sync(file)
+    if path.is_dir() and any(path.iterdir()):
+        old = path.with_name(f".{path.name}.replaced-{os.getpid()}")
+        path.rename(old)
+        scratch.rename(path)
+        shutil.rmtree(old)
+    else:
+        if path.is_dir():
+            path.rmdir()
+        scratch.rename(path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """Write ``text`` (UTF-8) so that readers see the old content or the new, never a part.
+
+    Raises:
+        TokenFormerError: the disk refuses.
+    """
+    path = Path(path)
+    scratch = path.with_name(f".{path.name}.incomplete-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch.write_text(text, encoding="utf-8")
+        scratch.replace(path)
+    except OSError as error:
+        raise TokenFormerError(f"{path}: could not be written ({error.strerror or error})") from error
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def write_json(path: Path | str, value: Any) -> None:
+    """Write ``value`` as indented JSON, complete or not at all."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_text(path: Path | str, what: str) -> str:
+    """Read a UTF-8 file; ``what`` says in an error message what the file was expected to be.
+
+    Raises:
+        TokenFormerError: the file is missing, unreadable or not UTF-8.
+    """
+    path = Path(path)
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise TokenFormerError(f"{path}: no such file; expected {what}") from error
+    except UnicodeDecodeError as error:
+        raise TokenFormerError(f"{path}: not UTF-8 text at byte {error.start}; expected {what}") from error
+    except OSError as error:
+        raise TokenFormerError(f"{path}: cannot be read ({error.strerror}); expected {what}") from error
+
+
+def read_json(path: Path | str, what: str) -> dict[str, Any]:
+    """Read a JSON object; errors as in :func:`read_text`, and for invalid JSON with line and column."""
+    text = read_text(path, what)
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise TokenFormerError(
+            f"{path}: invalid JSON at line {error.lineno}, column {error.colno} ({error.msg}); expected {what}"
+        ) from error
+    if not isinstance(value, dict):
+        raise TokenFormerError(f"{path}: found a JSON {type(value).__name__}, expected an object: {what}")
+    return value
+
+
+def sha256(path: Path | str) -> str:
+    """Hex SHA-256 of a file, read in blocks."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,91 @@
+"""Validated, torch-free configuration: unknown fields are errors that name the nearest known one."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar, get_args
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from tokenformer.errors import TokenFormerError
+
+Model = TypeVar("Model", bound="StrictModel")
+
+
+class StrictModel(BaseModel):
+    """Base of every configuration: immutable, no unknown fields, no silent conversion of text to numbers."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+
+def validate(model: type[Model], values: Mapping[str, Any], *, source: str) -> Model:
+    """Build ``model`` from ``values``; ``source`` (a file or option) opens every error line.
+
+    Raises:
+        TokenFormerError: one line for each wrong field: its place, what was found, what was expected.
+    """
+    try:
+        return model.model_validate(dict(values))
+    except ValidationError as error:
+        raise TokenFormerError(explain(error, model, source)) from error
+
+
+def explain(error: ValidationError, model: type[BaseModel], source: str) -> str:
+    """One line for each problem of a pydantic error, in the words of the configuration."""
+    lines = []
+    for problem in error.errors():
+        location = problem["loc"]
+        place = ".".join(str(part) for part in location) or "configuration"
+        kind, found = problem["type"], problem["input"]
+        if kind == "extra_forbidden":
+            known = known_fields(model, location[:-1])
+            lines.append(f"{source}: {place}: unknown field{nearest(str(location[-1]), known)}")
+        elif kind == "missing":
+            lines.append(f"{source}: {place}: missing, but required")
+        elif kind == "value_error":
+            lines.append(f"{source}: {place}: {problem['ctx']['error']}")
+        else:
+            lines.append(f"{source}: {place}: found {found!r}; {_lower_first(problem['msg'])}")
+    return "\n".join(dict.fromkeys(lines))
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """``; did you mean 'x'?`` or a list of what is known."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean '{close[0]}'?"
+    return f"; known: {', '.join(known)}" if known else ""
+
+
+def known_fields(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    """Field names of the (nested) model at ``location``; union tags and list indices are stepped over."""
+    models = [model]
+    for part in location:
+        inner = [
+            candidate
+            for current in models
+            if isinstance(part, str) and part in current.model_fields
+            for candidate in _models_in(current.model_fields[part].annotation)
+        ]
+        if inner:
+            models = inner
+        else:  # a list index stays where it is; the tag of a union picks the member
+            tagged = [m for m in models if part in _tags(m)]
+            models = tagged or models
+    return sorted({name for current in models for name in current.model_fields})
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [found for argument in get_args(annotation) for found in _models_in(argument)]
+
+
+def _tags(model: type[BaseModel]) -> set[Any]:
+    return {value for field in model.model_fields.values() for value in get_args(field.annotation)}
+
+
+def _lower_first(text: str) -> str:
+    return text[:1].lower() + text[1:]
