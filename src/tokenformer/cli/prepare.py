@@ -1,0 +1,110 @@
+"""``tokenformer prepare``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from tokenformer.language.data_directory import DataDirectory
+
+_EXAMPLES = """
+**Examples**
+
+`tokenformer prepare default --out data/default` : the standard library's Python source, as bytes
+
+`tokenformer prepare book.txt notes/ corpus.jsonl.xz --out data/mine --tokenizer bpe:8192`
+
+`tokenformer prepare train.jsonl --validation held-out.jsonl --out data/mine --tokenizer tokenizer.json`
+"""
+
+
+def prepare(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SOURCE...",
+            help="Text files, folders (read recursively) and .jsonl files, each also as .xz or .gz; "
+            "or `default`: the Python source files of this interpreter's standard library.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="The data directory to write; it must be new or empty.")],
+    tokenizer: Annotated[
+        str,
+        typer.Option(
+            metavar="byte|bpe:N|FILE",
+            help="Bytes; a byte-level BPE of N ids trained on the training documents; or a tokenizer.json.",
+        ),
+    ] = "byte",
+    validation: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SOURCE",
+            help="Separate validation documents; may be given more than once.",
+            show_default=False,
+        ),
+    ] = None,
+    validation_fraction: Annotated[
+        float | None,
+        typer.Option(
+            metavar="F",
+            help="Share of the documents held out for validation, by a hash of their text (of a single text: "
+            "its end). Without separate validation documents 0.05.",
+            show_default=False,
+        ),
+    ] = None,
+    text_field: Annotated[
+        str, typer.Option(metavar="NAME", help="The field of a .jsonl line that holds its text.")
+    ] = "text",
+    eos_token: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TOKEN",
+            help="The token of a tokenizer.json that ends a document, where it is not found by itself.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Turn documents into a data directory: token stores, tokenizer.json and dataset.json."""
+    from tokenformer.language.prepare import prepare as prepare_data
+
+    data = prepare_data(
+        sources,
+        out,
+        tokenizer=tokenizer,
+        validation=validation or (),
+        validation_fraction=validation_fraction,
+        text_field=text_field,
+        eos_token=eos_token,
+    )
+    _print_summary(data)
+
+
+def _print_summary(data: DataDirectory) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    info = data.info
+    table = Table(box=None, pad_edge=False)
+    table.add_column("split")
+    for name in ("documents", "tokens", "UTF-8 bytes"):
+        table.add_column(name, justify="right")
+    for split, counts in info.splits.items():
+        table.add_row(split, f"{counts.documents:,}", f"{counts.tokens:,}", f"{counts.utf8_bytes:,}")
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(table)
+    for reason, count in info.skipped.items():
+        console.print(f"skipped: {count:,} {reason}", markup=False)
+    console.print(f"tokenizer: {info.tokenizer}, {info.vocab_size:,} ids", markup=False)
+    console.print(f"corpus SHA-256: {info.corpus_sha256}", markup=False)
+    console.print(
+        f"\nWritten to {data.path}. Next: tokenformer train RECIPE data.path={data.path}", markup=False
+    )
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to ``app``."""
+    app.command("prepare", epilog=_EXAMPLES)(prepare)

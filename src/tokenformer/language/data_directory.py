@@ -1,0 +1,117 @@
+"""The data directory: two token stores, their tokenizer, and ``dataset.json``, which says what they are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, get_args
+
+from pydantic import Field
+
+from tokenformer.errors import TokenFormerError
+from tokenformer.files import read_json
+from tokenformer.language.store import TokenStore
+from tokenformer.language.tokenizers import Tokenizer, load_tokenizer
+from tokenformer.validation import StrictModel, validate
+
+DATASET_FILE = "dataset.json"
+Count = Annotated[int, Field(ge=0)]
+SplitName = Literal["train", "validation"]
+SPLIT_NAMES: tuple[SplitName, ...] = get_args(SplitName)
+
+
+class SplitInfo(StrictModel):
+    """Counts of one split: ``tokens`` include an end-of-document id each, ``utf8_bytes`` are of text."""
+
+    documents: Count
+    tokens: Count
+    utf8_bytes: Count
+
+
+class SplitRule(StrictModel):
+    """How documents were divided.
+
+    ``content_hash``: a document is held out if the SHA-256 of its text, as a fraction of its range, lies
+    below ``validation_fraction``. ``tail``: the text is held out from UTF-8 byte ``cut`` of the corpus
+    on, moved to a line boundary where there is one. ``separate``: the validation documents were given apart.
+    """
+
+    method: Literal["content_hash", "tail", "separate"]
+    validation_fraction: float | None = None
+    cut: Count | None = None
+
+
+class DatasetInfo(StrictModel):
+    """The content of ``dataset.json``. ``corpus_sha256`` is a hash of all texts in their order."""
+
+    format_version: Literal[1] = 1
+    sources: list[str]
+    validation_sources: list[str]
+    text_field: str
+    split_rule: SplitRule
+    splits: dict[SplitName, SplitInfo]
+    skipped: dict[str, Count]
+    corpus_sha256: str
+    tokenizer: str
+    tokenizer_sha256: str
+    vocab_size: int
+    padded_vocab_size: int
+    dtype: str
+
+
+class DataDirectory:
+    """A validated, memory-mapped data directory: ``path``, ``info``, ``tokenizer``, a store a split."""
+
+    def __init__(
+        self, path: Path, info: DatasetInfo, tokenizer: Tokenizer, stores: dict[SplitName, TokenStore]
+    ) -> None:
+        self.path = path
+        self.info = info
+        self.tokenizer = tokenizer
+        self._stores = stores
+
+    @classmethod
+    def open(cls, path: Path | str) -> DataDirectory:
+        """Open what ``prepare`` wrote.
+
+        Raises:
+            TokenFormerError: a file is missing, truncated or corrupt, the tokenizer is not the one the data
+                was made with, or counts differ from ``dataset.json``.
+        """
+        path = Path(path)
+        if not path.is_dir():
+            raise TokenFormerError(
+                f"{path}: no such directory; expected a data directory, made by 'tokenformer prepare'"
+            )
+        values = read_json(path / DATASET_FILE, "the description of a data directory")
+        info = validate(DatasetInfo, values, source=str(path / DATASET_FILE))
+        tokenizer = load_tokenizer(path)
+        if tokenizer.sha256 != info.tokenizer_sha256:
+            raise TokenFormerError(
+                f"{path / 'tokenizer.json'}: has hash {tokenizer.sha256[:16]}, expected "
+                f"{info.tokenizer_sha256[:16]} ({DATASET_FILE}): not the tokenizer that made these tokens"
+            )
+        stores = {name: _open_split(path, name, info) for name in info.splits}
+        return cls(path, info, tokenizer, stores)
+
+    def split(self, name: str) -> TokenStore:
+        """The tokens of a split.
+
+        Raises:
+            TokenFormerError: there is no such split.
+        """
+        for known, store in self._stores.items():
+            if known == name:
+                return store
+        raise TokenFormerError(f"{self.path}: no split '{name}'; found {', '.join(self._stores)}")
+
+
+def _open_split(path: Path, name: SplitName, info: DatasetInfo) -> TokenStore:
+    store = TokenStore(path / name)
+    expected = info.splits[name]
+    found = (store.num_documents, store.num_tokens)
+    if found != (expected.documents, expected.tokens):
+        raise TokenFormerError(
+            f"{path / name}.idx: holds {found[0]} documents and {found[1]} tokens, expected "
+            f"{expected.documents} and {expected.tokens} ({DATASET_FILE})"
+        )
+    return store

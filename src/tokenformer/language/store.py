@@ -1,0 +1,220 @@
+"""Token store in the Megatron indexed format: tokens in ``<prefix>.bin``, where they lie in ``<prefix>.idx``.
+
+Layout of ``.idx`` (little-endian), as Megatron-LM and GPT-NeoX read and write it:
+
+    magic b"MMIDIDX\\0\\0" | version u64 = 1 | dtype code u8 | sequences s u64 | document index length u64
+    sizes in tokens int32 [s] | byte pointers into .bin int64 [s] | document index int64: the first
+    sequence of each document, then s
+"""
+
+from __future__ import annotations
+
+import struct
+from array import array
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from tokenformer.errors import TokenFormerError
+
+MAGIC = b"MMIDIDX\x00\x00"
+VERSION = 1
+DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
+_FLOATS = {6: "float64", 7: "float64"}
+_HEADER = struct.Struct("<9sQBQQ")
+_LARGEST_SEQUENCE = np.iinfo(np.int32).max
+
+
+def token_dtype(padded_vocab_size: int) -> np.dtype:
+    """uint16 where every id fits, else int32."""
+    return np.dtype(np.uint16 if padded_vocab_size < 2**16 else np.int32)
+
+
+def data_path(prefix: Path | str) -> Path:
+    """The ``.bin`` of a store."""
+    return Path(f"{prefix}.bin")
+
+
+def index_path(prefix: Path | str) -> Path:
+    """The ``.idx`` of a store."""
+    return Path(f"{prefix}.idx")
+
+
+class TokenStoreWriter:
+    """Streams documents to ``<prefix>.bin``; the index is written when the ``with`` block ends well."""
+
+    def __init__(self, prefix: Path | str, dtype: np.dtype | type[np.integer]) -> None:
+        self._prefix = prefix
+        self._dtype = np.dtype(dtype).newbyteorder("<")
+        self._code = next(code for code, known in DTYPES.items() if np.dtype(known) == np.dtype(dtype))
+        self._sizes = array("i")
+        self._file = data_path(prefix).open("wb")
+        self.num_tokens = 0
+
+    @property
+    def num_documents(self) -> int:
+        """Documents written."""
+        return len(self._sizes)
+
+    def add_document(self, tokens: np.ndarray) -> None:
+        """Append one document, ids [t]; its end-of-document id is the caller's to include.
+
+        Raises:
+            TokenFormerError: an id that the dtype cannot hold, or a document of 2^31 tokens or more.
+        """
+        limits = np.iinfo(self._dtype)
+        if len(tokens) and not limits.min <= tokens.min() <= tokens.max() <= limits.max:
+            raise TokenFormerError(
+                f"{data_path(self._prefix)}: token ids from {tokens.min()} to {tokens.max()} "
+                f"do not fit {self._dtype}"
+            )
+        if len(tokens) > _LARGEST_SEQUENCE:
+            raise TokenFormerError(
+                f"{data_path(self._prefix)}: a document of {len(tokens)} tokens; "
+                f"the format holds at most {_LARGEST_SEQUENCE} in one"
+            )
+        self._file.write(np.ascontiguousarray(tokens, dtype=self._dtype).data)
+        self._sizes.append(len(tokens))
+        self.num_tokens += len(tokens)
+
+    def __enter__(self) -> TokenStoreWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._file.close()
+        if kind is None:
+            self._write_index()
+
+    def _write_index(self) -> None:
+        sizes = np.frombuffer(self._sizes, dtype=np.int32) if self._sizes else np.empty(0, np.int32)
+        ends = np.cumsum(sizes, dtype=np.int64) * self._dtype.itemsize
+        pointers = ends - sizes.astype(np.int64) * self._dtype.itemsize
+        with index_path(self._prefix).open("wb") as file:
+            file.write(_HEADER.pack(MAGIC, VERSION, self._code, len(sizes), len(sizes) + 1))
+            file.write(sizes.astype("<i4").tobytes())
+            file.write(pointers.astype("<i8").tobytes())
+            file.write(np.arange(len(sizes) + 1, dtype="<i8").tobytes())
+
+
+class TokenStore:
+    """Memory-mapped reader of ``<prefix>.bin`` and ``<prefix>.idx``; tokens are never loaded whole.
+
+    Raises:
+        TokenFormerError: a file is missing, truncated or corrupt, has another magic or a dtype that is no
+            integer; the message names the file, what was found and what was expected.
+    """
+
+    def __init__(self, prefix: Path | str) -> None:
+        self.prefix = Path(prefix)
+        index = _map(index_path(prefix), np.dtype(np.uint8))
+        self.dtype, sequences, length = _read_header(index, index_path(prefix))
+        sizes_end = _HEADER.size + 4 * sequences
+        pointers_end = sizes_end + 8 * sequences
+        self._sizes = index[_HEADER.size : sizes_end].view("<i4")
+        pointers = index[sizes_end:pointers_end].view("<i8")
+        self._documents = index[pointers_end:].view("<i8")
+        self._check_index(pointers, length)
+        self.num_tokens = int(self._sizes.sum(dtype=np.int64))
+        self._starts = pointers
+        self._check_data_size()
+        self._tokens = _map(data_path(prefix), self.dtype)
+
+    @property
+    def num_documents(self) -> int:
+        """Documents in the store."""
+        return len(self._documents) - 1
+
+    def document(self, i: int) -> np.ndarray:
+        """Ids of document ``i`` [t], its end-of-document id included.
+
+        Raises:
+            IndexError: there is no such document.
+        """
+        if not 0 <= i < self.num_documents:
+            raise IndexError(f"document {i} of {self.num_documents}")
+        return self._tokens[self._start_of(self._documents[i]) : self._start_of(self._documents[i + 1])]
+
+    def tokens(self, start: int, stop: int) -> np.ndarray:
+        """Ids ``start`` to ``stop`` of all documents laid end to end [stop - start], a read-only view.
+
+        Raises:
+            IndexError: the range leaves the store.
+        """
+        if not 0 <= start <= stop <= self.num_tokens:
+            raise IndexError(f"tokens {start} to {stop} of {self.num_tokens}")
+        return self._tokens[start:stop]
+
+    def _start_of(self, sequence: int) -> int:
+        if sequence == len(self._sizes):
+            return self.num_tokens
+        return int(self._starts[sequence]) // self.dtype.itemsize
+
+    def _check_index(self, pointers: np.ndarray, length: int) -> None:
+        path, sequences = index_path(self.prefix), len(self._sizes)
+        documents = self._documents
+        if sequences and int(self._sizes.min()) < 0:
+            raise TokenFormerError(f"{path}: corrupt: a sequence of {self._sizes.min()} tokens")
+        ends = np.cumsum(self._sizes, dtype=np.int64) * self.dtype.itemsize
+        if sequences and (pointers[0] != 0 or not np.array_equal(pointers[1:], ends[:-1])):
+            raise TokenFormerError(f"{path}: corrupt: its pointers do not follow from its sequence sizes")
+        if not length or documents[0] != 0 or documents[-1] != sequences or np.any(np.diff(documents) < 0):
+            raise TokenFormerError(
+                f"{path}: corrupt: its document index does not run from 0 to its {sequences} sequences"
+            )
+
+    def _check_data_size(self) -> None:
+        path, expected = data_path(self.prefix), self.num_tokens * self.dtype.itemsize
+        found = _size(path)
+        if found != expected:
+            state = "truncated" if found < expected else "too long"
+            raise TokenFormerError(
+                f"{path}: {state}: found {found} bytes, expected {expected} "
+                f"({self.num_tokens} tokens of {self.dtype.itemsize} bytes)"
+            )
+
+
+def _read_header(index: np.ndarray, path: Path) -> tuple[np.dtype, int, int]:
+    if len(index) < _HEADER.size:
+        raise TokenFormerError(
+            f"{path}: truncated: found {len(index)} bytes, expected a header of {_HEADER.size}"
+        )
+    magic, version, code, sequences, documents = _HEADER.unpack(index[: _HEADER.size].tobytes())
+    if magic != MAGIC:
+        raise TokenFormerError(f"{path}: begins with {magic!r}, expected {MAGIC!r} (a Megatron index)")
+    if version != VERSION:
+        raise TokenFormerError(f"{path}: format version {version}, expected {VERSION}")
+    if code not in DTYPES:
+        found = f"{code} ({_FLOATS[code]})" if code in _FLOATS else str(code)
+        known = ", ".join(f"{known} ({np.dtype(dtype)})" for known, dtype in DTYPES.items())
+        raise TokenFormerError(f"{path}: dtype code {found}, expected an integer: {known}")
+    expected = _HEADER.size + 12 * sequences + 8 * documents
+    if len(index) != expected:
+        state = "truncated or corrupt" if len(index) < expected else "too long"
+        raise TokenFormerError(
+            f"{path}: {state}: found {len(index)} bytes, expected {expected} "
+            f"({sequences} sequences, document index of {documents})"
+        )
+    return np.dtype(DTYPES[code]).newbyteorder("<"), sequences, documents
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise TokenFormerError(
+            f"{path}: cannot be read ({error.strerror}); expected a token store"
+        ) from error
+
+
+def _map(path: Path, dtype: np.dtype) -> np.ndarray:
+    if not _size(path):
+        return np.empty(0, dtype)
+    try:
+        return np.asarray(np.memmap(path, dtype=dtype, mode="r"))
+    except OSError as error:
+        raise TokenFormerError(
+            f"{path}: cannot be read ({error.strerror}); expected a token store"
+        ) from error

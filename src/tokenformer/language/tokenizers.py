@@ -1,0 +1,297 @@
+"""Tokenizers: bytes, a newly trained byte-level BPE, or any Hugging Face ``tokenizer.json``."""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import json
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from tokenformer.errors import TokenFormerError
+from tokenformer.files import read_json, read_text, write_json, write_text
+from tokenformer.language.byte_level import (
+    BYTE_END_ID,
+    END_OF_TEXT,
+    byte_tokenizer_definition,
+    token_to_bytes,
+)
+
+END_TOKENS = (END_OF_TEXT, "</s>", "<|end_of_text|>")
+"""Where the end-of-document token is not named, the first of these that the vocabulary has."""
+
+VOCABULARY_MULTIPLE = 128
+SMALLEST_BPE = 257
+
+_FILE = "tokenizer.json"
+_CONFIG_FILE = "tokenizer_config.json"
+
+
+class Tokenizer:
+    """Text to ids and back, over a ``tokenizers`` definition.
+
+    ``vocab_size`` counts real ids; those from there to ``padded_vocab_size`` (a multiple of 128) are padding
+    and never stand for text. Text is only ever encoded to ordinary ids, also where it spells a special token,
+    unless ``allow_special`` is asked for.
+
+    Raises:
+        TokenFormerError: ``definition`` is no tokenizer, or has no end-of-document token.
+    """
+
+    def __init__(self, definition: str, *, eos_token: str | None = None, source: str = "tokenizer") -> None:
+        self._definition = definition
+        self._backend = _parse(definition, source)
+        self._backend.encode_special_tokens = True
+        self.eos_token = _find_end_token(self._backend, eos_token, source)
+        self.eos_token_id = self._id_of(self.eos_token)
+        self.vocab_size: int = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
+        self.padded_vocab_size = -(-self.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+        self.sha256 = _canonical_sha256(definition)
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Ids that stand for no text: the end of a document, padding marks and the like."""
+        added = self._backend.get_added_tokens_decoder()
+        return frozenset({self.eos_token_id} | {id for id, token in added.items() if token.special})
+
+    def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
+        """Ids of ``text``; nothing is put before or after them.
+
+        Raises:
+            TokenFormerError: ``text`` holds half a surrogate pair, which has no UTF-8.
+        """
+        if allow_special:
+            _utf8(text)
+            ids: list[int] = self._special_backend.encode(text, add_special_tokens=False).ids
+            return ids
+        return [int(id) for id in self.encode_batch([text])[0]]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids of each text as an integer array [t]; faster than one by one."""
+        for text in texts:
+            _utf8(text)
+        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
+
+    def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
+        """Text of ``ids``; bytes that are not UTF-8 become U+FFFD, padding ids nothing."""
+        ids = [int(id) for id in ids]
+        if self._token_bytes is not None:
+            return b"".join(self._bytes_of(id, skip_special) for id in ids).decode("utf-8", errors="replace")
+        text: str = self._backend.decode(ids, skip_special_tokens=skip_special)
+        return text
+
+    def stream(self, *, skip_special: bool = True) -> TextStream:
+        """A decoder for ids that arrive one at a time; it never emits half a character."""
+        if self._token_bytes is not None:
+            return _ByteLevelStream(self, skip_special)
+        return _GenericStream(self, skip_special)
+
+    def count_bytes(self, ids: np.ndarray) -> int:
+        """UTF-8 bytes of the text that ``ids`` [t] stand for; special ids count 0."""
+        if self._byte_lengths is None:
+            return len(self.decode(ids).encode("utf-8"))
+        counts = np.bincount(ids, minlength=len(self._byte_lengths))[: len(self._byte_lengths)]
+        return int(counts @ self._byte_lengths)
+
+    def save(self, directory: Path | str) -> None:
+        """Write ``tokenizer.json``, as it was read; and, only where the end-of-document token is not the one
+        that would be found, ``tokenizer_config.json`` with its name."""
+        write_text(Path(directory) / _FILE, self._definition)
+        if self.eos_token != _find_end_token(self._backend, None, _FILE, required=False):
+            write_json(Path(directory) / _CONFIG_FILE, {"eos_token": self.eos_token})
+
+    def _id_of(self, token: str) -> int:
+        id = self._backend.token_to_id(token)
+        assert id is not None
+        return id
+
+    def _bytes_of(self, id: int, skip_special: bool) -> bytes:
+        assert self._token_bytes is not None
+        if not 0 <= id < len(self._token_bytes) or (skip_special and id in self.special_ids):
+            return b""
+        return self._token_bytes[id]
+
+    @cached_property
+    def _special_backend(self) -> Backend:
+        return _parse(self._definition, _FILE)
+
+    @cached_property
+    def _token_bytes(self) -> list[bytes] | None:
+        """The bytes of each id, where the tokenizer works on bytes."""
+        if not isinstance(self._backend.decoder, decoders.ByteLevel):
+            return None
+        table = [b""] * self.vocab_size
+        for token, id in self._backend.get_vocab(with_added_tokens=True).items():
+            table[id] = token_to_bytes(token)
+        return table
+
+    @cached_property
+    def _byte_lengths(self) -> np.ndarray | None:
+        if self._token_bytes is None:
+            return None
+        special = self.special_ids
+        lengths = [0 if id in special else len(token) for id, token in enumerate(self._token_bytes)]
+        return np.array(lengths, dtype=np.int64)
+
+
+class ByteTokenizer(Tokenizer):
+    """Byte k has id k and id 256 ends a document: the ids that its ``tokenizer.json`` gives, only faster."""
+
+    def __init__(self) -> None:
+        super().__init__(byte_tokenizer_definition())
+        assert self.eos_token_id == BYTE_END_ID
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [np.frombuffer(_utf8(text), dtype=np.uint8) for text in texts]
+
+
+class TextStream(ABC):
+    """Text of ids that arrive one at a time."""
+
+    @abstractmethod
+    def add(self, id: int) -> str:
+        """The text that ``id`` completes; empty while a character is incomplete."""
+
+    @abstractmethod
+    def finish(self) -> str:
+        """What is left at the end: U+FFFD where a character stayed incomplete."""
+
+
+class _ByteLevelStream(TextStream):
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool) -> None:
+        self._tokenizer = tokenizer
+        self._skip_special = skip_special
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def add(self, id: int) -> str:
+        return self._decoder.decode(self._tokenizer._bytes_of(int(id), self._skip_special))
+
+    def finish(self) -> str:
+        text = self._decoder.decode(b"", final=True)
+        self._decoder.reset()
+        return text
+
+
+class _GenericStream(TextStream):
+    """Decodes a short tail again with each id, since a token's text can depend on the one before it."""
+
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool) -> None:
+        self._tokenizer = tokenizer
+        self._skip_special = skip_special
+        self._context: list[int] = []
+        self._pending: list[int] = []
+
+    def add(self, id: int) -> str:
+        self._pending.append(int(id))
+        text = self._pending_text()
+        if not text or text.endswith("\ufffd"):
+            return ""
+        self._context, self._pending = self._pending, []
+        return text
+
+    def finish(self) -> str:
+        text = self._pending_text()
+        self._context, self._pending = [], []
+        return text
+
+    def _pending_text(self) -> str:
+        before = self._tokenizer.decode(self._context, skip_special=self._skip_special)
+        after = self._tokenizer.decode(self._context + self._pending, skip_special=self._skip_special)
+        return after[len(before) :]
+
+
+def load_tokenizer(path: Path | str, *, eos_token: str | None = None) -> Tokenizer:
+    """Read a ``tokenizer.json``, or the one in a directory.
+
+    The end-of-document token is ``eos_token``, or the one that a ``tokenizer_config.json`` beside the file
+    names, or the first of ``END_TOKENS`` that the vocabulary has.
+
+    Raises:
+        TokenFormerError: missing or invalid file, or no end-of-document token.
+    """
+    path = Path(path)
+    file = path / _FILE if path.is_dir() else path
+    definition = read_text(file, "a tokenizer (tokenizer.json)")
+    named = eos_token or _named_end_token(file.parent / _CONFIG_FILE)
+    tokenizer = Tokenizer(definition, eos_token=named, source=str(file))
+    is_bytes = tokenizer.sha256 == _canonical_sha256(byte_tokenizer_definition())
+    return ByteTokenizer() if is_bytes else tokenizer
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE of at most ``vocab_size`` ids, learned from ``texts`` (streamed, the same every time).
+
+    All 256 bytes are in it, so that any text comes back as it was; ``<|endoftext|>`` ends a document.
+
+    Raises:
+        TokenFormerError: ``vocab_size`` is below 257.
+    """
+    if vocab_size < SMALLEST_BPE:
+        raise TokenFormerError(
+            f"bpe:{vocab_size}: too small; expected at least {SMALLEST_BPE}: 256 bytes and {END_OF_TEXT}"
+        )
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=sys.stderr.isatty(),
+    )
+    backend.train_from_iterator(texts, trainer)
+    return Tokenizer(backend.to_str(pretty=True) + "\n")
+
+
+def _parse(definition: str, source: str) -> Backend:
+    try:
+        backend = Backend.from_str(definition)
+    except Exception as error:  # the library raises bare Exception
+        raise TokenFormerError(f"{source}: not a valid tokenizer.json ({error})") from error
+    backend.no_truncation()  # what a file says of lengths is for one model's batches, not for documents
+    backend.no_padding()
+    return backend
+
+
+def _find_end_token(backend: Backend, named: str | None, source: str, *, required: bool = True) -> str:
+    candidates = (named,) if named else END_TOKENS
+    for token in candidates:
+        if backend.token_to_id(token) is not None:
+            return token
+    if not required:
+        return ""
+    hint = "" if named else "; name it with the option eos_token (--eos-token)"
+    raise TokenFormerError(
+        f"{source}: no end-of-document token in the vocabulary; expected {' or '.join(candidates)}{hint}"
+    )
+
+
+def _named_end_token(config: Path) -> str | None:
+    if not config.is_file():
+        return None
+    token: Any = read_json(config, "the configuration of a tokenizer").get("eos_token")
+    name = token.get("content") if isinstance(token, dict) else token
+    return name if isinstance(name, str) else None
+
+
+def _canonical_sha256(definition: str) -> str:
+    canonical = json.dumps(json.loads(definition), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(canonical.encode("ascii")).hexdigest()
+
+
+def _utf8(text: str) -> bytes:
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise TokenFormerError(
+            f"text: half a surrogate pair at character {error.start}; expected Unicode text"
+        ) from error
