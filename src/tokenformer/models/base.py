@@ -47,7 +47,9 @@ class LanguageModel(nn.Module, ABC):
         """Logits for every position, or for the last ``logits_to_keep`` only."""
 
     @abstractmethod
-    def hidden(self, tokens: Tensor, *, positions: Tensor | None = None, documents: Tensor | None = None) -> Tensor:
+    def hidden(
+        self, tokens: Tensor, *, positions: Tensor | None = None, documents: Tensor | None = None
+    ) -> Tensor:
         """Final hidden states [b, t, d], so that a loss never needs all logits at once."""
 
     @abstractmethod

@@ -34,7 +34,14 @@ ARCHITECTURES = {
 ModelConfig = Annotated[TokenFormerConfig | TransformerConfig, Field(discriminator="architecture")]
 """The ``model`` section of a run, chosen by ``architecture``."""
 
-_HUGGING_FACE_FIELDS = ("model_type", "architectures", "auto_map", "torch_dtype", "dtype", "transformers_version")
+_HUGGING_FACE_FIELDS = (
+    "model_type",
+    "architectures",
+    "auto_map",
+    "torch_dtype",
+    "dtype",
+    "transformers_version",
+)
 
 
 def build_model(config: DecoderConfig, *, seed: int = 0) -> LanguageModel:

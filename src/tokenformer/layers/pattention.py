@@ -1,0 +1,250 @@
+"""The Pattention layer: a drop-in for ``nn.Linear`` that can grow."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tokenformer.errors import TokenFormerError
+from tokenformer.ops.pattention import NORM_ACTIVATIONS, NormActivation, WeightKind, pattention
+
+GrowthInit = Literal["exact", "copies", "random"]
+
+COPY_NOISE = 0.1
+"""Noise on the values of copies, relative to their own root mean square; it sums to zero over the copies."""
+
+
+class TokenInit(NamedTuple):
+    """How fresh parameter tokens are drawn: normal, keys with ``key_std``, values with ``value_std``,
+    divided by sqrt(n) where ``scale_values`` (n: the layer's parameter tokens, the fresh ones included)."""
+
+    key_std: float
+    value_std: float
+    scale_values: bool
+
+    def value_std_for(self, num_param_tokens: int) -> float:
+        """Standard deviation of fresh values in a layer of n tokens."""
+        return self.value_std / math.sqrt(num_param_tokens) if self.scale_values else self.value_std
+
+
+class Pattention(nn.Module):
+    """Attention of the input over learned parameter tokens (arXiv 2410.23168): [..., d_in] -> [..., d_out].
+
+    Args:
+        in_features: d_in.
+        out_features: d_out.
+        num_param_tokens: n, or the sizes of several groups.
+        norm_activation: ``gelu``, ``l2_norm_gelu``, ``gelu_l2_norm`` or ``softmax``.
+        tau: the scale in the weights; n by default. Exact growth keeps it.
+        gelu_approximate: ``none`` (erf) or ``tanh``.
+        norm_eps: added to the L2 norms.
+        init: how fresh tokens are drawn; by default keys with std 1/sqrt(d_in), values with 1/sqrt(n).
+        generator: draws the first weights.
+
+    ``key_tokens`` and ``value_tokens`` hold one Parameter for each group: [n_g, d_in] and [n_g, d_out].
+
+    Raises:
+        TokenFormerError: a size that is not positive, an unknown kind.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        num_param_tokens: int | tuple[int, ...] | list[int],
+        *,
+        norm_activation: NormActivation = "gelu",
+        tau: float | None = None,
+        gelu_approximate: Literal["none", "tanh"] = "none",
+        norm_eps: float = 0.0,
+        init: TokenInit | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        groups = (num_param_tokens,) if isinstance(num_param_tokens, int) else tuple(num_param_tokens)
+        if not groups or min(in_features, out_features, *groups) < 1:
+            raise TokenFormerError(
+                f"Pattention: sizes must be positive, found in_features {in_features}, "
+                f"out_features {out_features}, num_param_tokens {num_param_tokens}"
+            )
+        if norm_activation not in NORM_ACTIVATIONS:
+            raise TokenFormerError(
+                f"norm_activation: found '{norm_activation}', expected one of {', '.join(NORM_ACTIVATIONS)}"
+            )
+        self.in_features, self.out_features = in_features, out_features
+        self.kind = WeightKind(norm_activation, float(tau or sum(groups)), gelu_approximate, norm_eps)
+        self.init = init or TokenInit(key_std=1 / math.sqrt(in_features), value_std=1.0, scale_values=True)
+        self.key_tokens = nn.ParameterList(torch.empty(n, in_features) for n in groups)
+        self.value_tokens = nn.ParameterList(torch.empty(n, out_features) for n in groups)
+        self.reset_parameters(generator)
+
+    @property
+    def groups(self) -> tuple[int, ...]:
+        """Sizes of the groups, oldest first."""
+        return tuple(group.shape[0] for group in self.key_tokens)
+
+    @property
+    def num_param_tokens(self) -> int:
+        """n, over all groups."""
+        return sum(self.groups)
+
+    @property
+    def tau(self) -> float:
+        """The stored scale in the weights."""
+        return self.kind.tau
+
+    def extra_repr(self) -> str:
+        groups = " + ".join(str(n) for n in self.groups)
+        sizes = f"{self.in_features}, {self.out_features}, tokens={groups}"
+        return f"{sizes}, {self.kind.norm_activation}, tau={self.tau:g}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., d_in] -> [..., d_out].
+
+        Raises:
+            ValueError: the last axis of ``x`` is not d_in.
+        """
+        if x.shape[-1] != self.in_features:
+            raise ValueError(
+                f"x: found last axis {x.shape[-1]} in {list(x.shape)}, expected {self.in_features}"
+            )
+        return pattention(x, list(self.key_tokens), list(self.value_tokens), self.kind)
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw all tokens afresh."""
+        value_std = self.init.value_std_for(self.num_param_tokens)
+        for keys, values in zip(self.key_tokens, self.value_tokens, strict=True):
+            keys.normal_(0.0, self.init.key_std, generator=generator)
+            values.normal_(0.0, value_std, generator=generator)
+
+    def check_growth(self, num_param_tokens: int, init: GrowthInit) -> None:
+        """Raise what :meth:`grow` would raise, without growing."""
+        check_growth(
+            self.num_param_tokens, num_param_tokens, init, self.kind.norm_activation, "num_param_tokens"
+        )
+        if init == "copies" and not all(p.requires_grad for p in self.value_tokens):
+            raise TokenFormerError(
+                "init 'copies' divides all values, but a group is frozen; use 'exact' or unfreeze it"
+            )
+
+    @torch.no_grad()
+    def grow(
+        self, num_param_tokens: int, init: GrowthInit = "exact", generator: torch.Generator | None = None
+    ) -> None:
+        """Append a group of parameter tokens, in place.
+
+        ``exact``: zero keys, values as at init; tau stays, so the function does not move. ``copies``: every
+        group gets a companion with r - 1 copies of its tokens, values are divided by r (plus noise that sums to
+        zero over the copies of a token), tau becomes r tau. ``random``: keys and values as at init, tau becomes n.
+
+        Args:
+            num_param_tokens: the new n, over all groups; unchanged n is no growth.
+            init: the rule.
+            generator: draws the new tokens (on the CPU).
+
+        Raises:
+            TokenFormerError: fewer tokens than before, ``exact`` for softmax, ``copies`` by a fraction or of a
+                frozen group.
+        """
+        self.check_growth(num_param_tokens, init)
+        if num_param_tokens == self.num_param_tokens:
+            return
+        if init == "copies":
+            self._append_copies(num_param_tokens // self.num_param_tokens, generator)
+            return
+        fresh = num_param_tokens - self.num_param_tokens
+        key_std = 0.0 if init == "exact" else self.init.key_std
+        value_std = self.init.value_std_for(num_param_tokens)
+        self._append(
+            torch.zeros(fresh, self.in_features).normal_(0.0, key_std, generator=generator),
+            torch.empty(fresh, self.out_features).normal_(0.0, value_std, generator=generator),
+        )
+        if init == "random":
+            self.kind = self.kind._replace(tau=float(num_param_tokens))
+
+    def freeze(self, group: int) -> None:
+        """Exclude a group from training: no gradient is computed for it."""
+        self._set_requires_grad(group, False)
+
+    def unfreeze(self, group: int) -> None:
+        """Undo :meth:`freeze`."""
+        self._set_requires_grad(group, True)
+
+    def remove(self, group: int) -> None:
+        """Take a group out, in place; tau stays. Later groups move up by one.
+
+        Raises:
+            TokenFormerError: no such group, or it is the only one.
+        """
+        self._check_group(group)
+        if len(self.groups) == 1:
+            raise TokenFormerError("group 0 is the only group of this layer and cannot be removed")
+        kept = [index for index in range(len(self.groups)) if index != group]
+        self.key_tokens = nn.ParameterList(self.key_tokens[index] for index in kept)
+        self.value_tokens = nn.ParameterList(self.value_tokens[index] for index in kept)
+
+    @torch.no_grad()
+    def consolidate(self) -> None:
+        """Merge all groups into one, in place; the function stays the same up to rounding.
+
+        Raises:
+            TokenFormerError: some groups are frozen and others not.
+        """
+        if len({parameter.requires_grad for parameter in self.key_tokens}) > 1:
+            raise TokenFormerError(
+                "consolidate: some groups are frozen and others not; freeze or unfreeze all first"
+            )
+        trained = self.key_tokens[0].requires_grad
+        self.key_tokens = nn.ParameterList([nn.Parameter(torch.cat(list(self.key_tokens)), trained)])
+        self.value_tokens = nn.ParameterList([nn.Parameter(torch.cat(list(self.value_tokens)), trained)])
+
+    def _append(self, keys: Tensor, values: Tensor) -> None:
+        like = self.key_tokens[0]
+        self.key_tokens.append(nn.Parameter(keys.to(like)))
+        self.value_tokens.append(nn.Parameter(values.to(like)))
+
+    def _append_copies(self, r: int, generator: torch.Generator | None) -> None:
+        for keys, values in zip(list(self.key_tokens), list(self.value_tokens), strict=True):
+            n, features = values.shape
+            noise = torch.empty(r, n, features).normal_(0.0, COPY_NOISE, generator=generator)
+            noise = (noise - noise.mean(0)).to(values) * values.square().mean().sqrt()
+            copies = (values + noise) / r  # [r, n, d_out]; their sum over r is the old values
+            values.copy_(copies[0])
+            self._append(keys.repeat(r - 1, 1), copies[1:].flatten(0, 1))
+        self.kind = self.kind._replace(tau=r * self.tau)
+
+    def _set_requires_grad(self, group: int, value: bool) -> None:
+        self._check_group(group)
+        self.key_tokens[group].requires_grad_(value)
+        self.value_tokens[group].requires_grad_(value)
+
+    def _check_group(self, group: int) -> None:
+        if not 0 <= group < len(self.groups):
+            raise TokenFormerError(
+                f"group: found {group}, but this layer has groups 0 to {len(self.groups) - 1}"
+            )
+
+
+def check_growth(old: int, new: int, init: str, norm_activation: str, field: str) -> None:
+    """Refuse a growth that cannot be; needs sizes only.
+
+    Raises:
+        TokenFormerError: ``new`` is below ``old``; ``exact`` for softmax; ``copies`` where ``new`` is no multiple.
+    """
+    if new < old:
+        raise TokenFormerError(
+            f"{field}: found {new}, but there are {old} parameter tokens already; growth only adds"
+        )
+    if init == "exact" and norm_activation == "softmax":
+        raise TokenFormerError(
+            "init 'exact' is not possible for norm_activation 'softmax': a token with a zero key still adds exp(0) "
+            "to the denominator and so changes every weight; use init 'copies' (a whole multiple of the tokens)"
+        )
+    if init == "copies" and new % old:
+        raise TokenFormerError(
+            f"{field}: found {new}, but init 'copies' needs a whole multiple of the {old} tokens there are"
+        )

@@ -1,0 +1,65 @@
+"""The model card of a model directory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from tokenformer.models.config import DecoderConfig
+from tokenformer.models.tokenformer.config import TokenFormerConfig
+
+
+def model_card(config: DecoderConfig, facts: Mapping[str, Mapping[str, object]] | None = None) -> str:
+    """Markdown with a Hugging Face header.
+
+    Args:
+        config: the model.
+        facts: further sections, title -> name -> value, e.g. ``{"Training": {"steps": 1000}}``.
+    """
+    lines = [
+        "---",
+        "library_name: tokenformer",
+        "pipeline_tag: text-generation",
+        f"tags: [{config.architecture}]",
+        "---",
+        "",
+        f"# {config.class_name}, {config.num_parameters():,} parameters",
+        "",
+    ]
+    model = {
+        "layers": config.num_hidden_layers,
+        "hidden size": config.hidden_size,
+        "attention heads": config.num_attention_heads,
+        "vocabulary": config.vocab_size,
+        "context": config.max_position_embeddings,
+    }
+    lines += _table("Model", model)
+    if isinstance(config, TokenFormerConfig):
+        lines += _growth(config)
+    for title, values in (facts or {}).items():
+        lines += _table(title, values)
+    lines += ["Load it with `tokenformer.load_model(path)`.", ""]
+    return "\n".join(lines)
+
+
+def _table(title: str, values: Mapping[str, object]) -> list[str]:
+    rows = [
+        f"| {name} | {value:,} |" if isinstance(value, int) else f"| {name} | {value} |"
+        for name, value in values.items()
+    ]
+    return [f"## {title}", "", "| | |", "| --- | --- |", *rows, ""]
+
+
+def _growth(config: TokenFormerConfig) -> list[str]:
+    lines = ["## Parameter tokens", "", f"Weight function `{config.norm_activation}`.", ""]
+    lines += ["| role | tokens | groups | tau |", "| --- | --- | --- | --- |"]
+    for role in ("qkv", "proj", "ffn"):
+        groups = " + ".join(str(n) for n in config.groups(role))
+        lines.append(f"| {role} | {config.param_tokens(role)} | {groups} | {getattr(config.tau, role):g} |")
+    lines.append("")
+    for number, step in enumerate(config.growth_history, 1):
+        when = "" if step.step is None else f" after {step.step:,} steps"
+        lines.append(
+            f"{number}. Grown{when} (`{step.init}`) to {step.qkv_param_tokens} / {step.proj_param_tokens} / "
+            f"{step.ffn_param_tokens} tokens (qkv / proj / ffn)."
+        )
+    return [*lines, ""] if config.growth_history else lines

@@ -1,0 +1,99 @@
+"""The frame that TokenFormer and Transformer share: embedding, blocks, final norm, head."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from tokenformer.layers.attention import DecoderState, attention_context
+from tokenformer.layers.block import Block, Head, TiedHead
+from tokenformer.models.base import LanguageModel, ModelOutput
+from tokenformer.models.config import DecoderConfig
+
+
+class Decoder(LanguageModel):
+    """A decoder over blocks that the subclass makes; see :class:`~tokenformer.models.base.LanguageModel`."""
+
+    def __init__(self, config: DecoderConfig, blocks: list[Block]) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        if config.tie_word_embeddings:
+            self.head: nn.Module = TiedHead(self.embedding, config.logit_scale)
+        else:
+            self.head = Head(config.vocab_size, config.hidden_size, config.logit_scale)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        positions: Tensor | None = None,
+        documents: Tensor | None = None,
+        state: DecoderState | None = None,
+        logits_to_keep: int | None = None,
+    ) -> ModelOutput:
+        hidden, state = self._run(tokens, positions, documents, state)
+        if logits_to_keep is not None:
+            hidden = hidden[:, -logits_to_keep:]
+        return ModelOutput(self.head(hidden), state)
+
+    def hidden(
+        self, tokens: Tensor, *, positions: Tensor | None = None, documents: Tensor | None = None
+    ) -> Tensor:
+        return self._run(tokens, positions, documents, None)[0]
+
+    def initial_state(self, batch_size: int) -> DecoderState:
+        return DecoderState(batch_size, (None,) * len(self.blocks))
+
+    def role_of(self, parameter_name: str) -> str:
+        """``embedding``, ``head``, ``norm``, ``qkv``, ``proj`` or ``ffn``; biases play their layer's role."""
+        parts = parameter_name.split(".")
+        if parts[0] != "blocks":
+            return parts[0]
+        if parts[2] in ("attention_norm", "ffn_norm"):
+            return "norm"
+        if parts[2] == "attention":
+            return "proj" if parts[3] == "proj" else "qkv"
+        return parts[2]
+
+    def _run(
+        self,
+        tokens: Tensor,
+        positions: Tensor | None,
+        documents: Tensor | None,
+        state: DecoderState | None,
+    ) -> tuple[Tensor, DecoderState | None]:
+        self._check(tokens, state)
+        context, all_documents, next_position = attention_context(
+            tokens,
+            positions,
+            documents,
+            state,
+            rotary_dim=self.config.rotary_dim,
+            rope_theta=self.config.rope_theta,
+        )
+        x = self.embedding(tokens)  # [b, t] -> [b, t, d]
+        buffers = state.buffers if state is not None else (None,) * len(self.blocks)
+        kept = []
+        for block, buffer in zip(self.blocks, buffers, strict=True):
+            x, buffer = block(x, context, buffer)
+            kept.append(buffer)
+        hidden = self.norm(x)
+        if state is None:
+            return hidden, None
+        length = state.length + tokens.shape[1]
+        return hidden, DecoderState(state.batch_size, tuple(kept), length, all_documents, next_position)
+
+    def _check(self, tokens: Tensor, state: DecoderState | None) -> None:
+        if tokens.ndim != 2 or tokens.shape[1] == 0:
+            raise ValueError(f"tokens: found shape {list(tokens.shape)}, expected [b, t] with t at least 1")
+        if state is not None and state.batch_size != tokens.shape[0]:
+            raise ValueError(f"tokens: {tokens.shape[0]} rows, but the state was made for {state.batch_size}")
+
+
+@torch.no_grad()
+def draw_normal(parameter: Tensor, std: float, generator: torch.Generator | None) -> None:
+    """Fill ``parameter`` in place with normal numbers of the given standard deviation."""
+    parameter.normal_(0.0, std, generator=generator)

@@ -1,0 +1,179 @@
+"""Model directories: ``config.json``, safetensors weights, ``tokenizer.json``, a model card. Never pickle."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from tokenformer.errors import TokenFormerError
+from tokenformer.files import new_directory, read_json, write_json, write_text
+from tokenformer.models.base import LanguageModel
+from tokenformer.models.card import model_card
+from tokenformer.models.registry import load_config, model_class
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+MAX_SHARD_SIZE = "5GB"
+_SHOWN = 6  # names listed in an error
+
+
+class Tokenizer(Protocol):
+    """What a model directory needs of a tokenizer."""
+
+    def save(self, directory: Path) -> object:
+        """Write ``tokenizer.json`` into ``directory``."""
+
+
+def save_model(
+    model: LanguageModel,
+    directory: Path | str,
+    *,
+    card: str | None = None,
+    tokenizer: Tokenizer | Path | None = None,
+    replace: bool = False,
+    max_shard_size: int | str = MAX_SHARD_SIZE,
+) -> Path:
+    """Write a model directory; it appears when complete.
+
+    Args:
+        model: any registered model; weights keep their dtype.
+        directory: the output; refused when it holds something, unless ``replace``.
+        card: the text of ``README.md``; by default one made from the configuration.
+        tokenizer: a tokenizer, or the path of a ``tokenizer.json`` to copy.
+        replace: exchange an existing directory.
+        max_shard_size: bytes of one weight file, or e.g. ``"5GB"``.
+
+    Returns:
+        The directory.
+
+    Raises:
+        TokenFormerError: the directory is taken, or the disk refuses.
+    """
+    from huggingface_hub import save_torch_state_dict
+
+    directory = Path(directory)
+    with new_directory(directory, replace=replace) as scratch:
+        write_json(scratch / "config.json", model.config.to_json())
+        try:
+            save_torch_state_dict(
+                {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()},
+                scratch,
+                max_shard_size=max_shard_size,
+                metadata={"format": "pt"},
+            )
+        except SafetensorError as error:
+            raise TokenFormerError(f"{directory}: the weights could not be written ({error})") from error
+        if isinstance(tokenizer, Path):
+            shutil.copyfile(tokenizer, scratch / "tokenizer.json")
+        elif tokenizer is not None:
+            tokenizer.save(scratch)
+        write_text(scratch / "README.md", card or model_card(model.config))
+    return directory
+
+
+def load_model(
+    directory: Path | str, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> LanguageModel:
+    """Read a model directory, in evaluation mode.
+
+    Args:
+        directory: as :func:`save_model` writes it.
+        device: where the weights go.
+        dtype: what they are converted to; as stored by default.
+
+    Raises:
+        TokenFormerError: missing or corrupt files; tensors missing, unexpected or of another shape than
+            ``config.json`` says.
+    """
+    directory = Path(directory)
+    config = load_config(directory)
+    with torch.device("meta"):
+        model: LanguageModel = model_class(config.architecture)(config)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    weights = read_weights(directory, expected, device, dtype)
+    model.load_state_dict(weights, assign=True)
+    return model.eval()
+
+
+def read_weights(
+    directory: Path,
+    expected: dict[str, tuple[int, ...]],
+    device: torch.device | str,
+    dtype: torch.dtype | None,
+) -> dict[str, Tensor]:
+    """The tensors named in ``expected`` (name -> shape), checked before any is read."""
+    files = weight_files(directory)
+    found: dict[str, tuple[Path, tuple[int, ...]]] = {}
+    for path in files:
+        with _open(path, "cpu") as file:
+            found.update((name, (path, tuple(file.get_slice(name).get_shape()))) for name in file.keys())  # noqa: SIM118
+    _compare(directory, expected, {name: shape for name, (_, shape) in found.items()})
+    weights: dict[str, Tensor] = {}
+    for path in files:
+        with _open(path, str(device)) as file:
+            for name in file.keys():  # noqa: SIM118
+                tensor = file.get_tensor(name)
+                weights[name] = tensor if dtype is None else tensor.to(dtype)
+    return weights
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a model directory, one or several.
+
+    Raises:
+        TokenFormerError: none there, or a shard that the index names is missing or lies elsewhere.
+    """
+    single, index = directory / WEIGHTS, directory / INDEX
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        raise TokenFormerError(
+            f"{directory}: found neither {WEIGHTS} nor {INDEX}; expected a model directory"
+        )
+    names = sorted(set(read_json(index, "the index of sharded weights").get("weight_map", {}).values()))
+    for name in names:
+        if Path(name).name != name:
+            raise TokenFormerError(f"{index}: shard '{name}' lies outside the model directory")
+        if not (directory / name).is_file():
+            raise TokenFormerError(f"{directory / name}: missing, but named in {INDEX}")
+    return [directory / name for name in names]
+
+
+def _open(path: Path, device: str) -> safe_open:
+    try:
+        return safe_open(path, framework="pt", device=device)
+    except (SafetensorError, json.JSONDecodeError, OSError) as error:
+        raise TokenFormerError(f"{path}: not a whole safetensors file ({error})") from error
+
+
+def _compare(
+    directory: Path, expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]
+) -> None:
+    problems = [
+        *_listed("missing tensors", (name for name in expected if name not in found)),
+        *_listed("unexpected tensors", (name for name in found if name not in expected)),
+        *_listed(
+            "wrong shapes",
+            (
+                f"{name}: found {list(found[name])}, expected {list(shape)}"
+                for name, shape in expected.items()
+                if name in found and found[name] != shape
+            ),
+        ),
+    ]
+    if problems:
+        raise TokenFormerError(f"{directory}: the weights do not fit config.json; " + "; ".join(problems))
+
+
+def _listed(title: str, names: Iterator[str]) -> list[str]:
+    listed = list(names)
+    if not listed:
+        return []
+    more = f" and {len(listed) - _SHOWN} more" if len(listed) > _SHOWN else ""
+    return [f"{title}: {', '.join(listed[:_SHOWN])}{more}"]

@@ -1,0 +1,127 @@
+"""Pattention: attention between input tokens and learned parameter tokens (arXiv 2410.23168, eq. 2 to 4).
+
+``scores = x K^T`` (no 1/sqrt(d)), weights by kind, output ``weights V``, with tau a stored scale (n at first):
+
+- ``gelu``: ``gelu(s)``
+- ``l2_norm_gelu``: ``gelu(sqrt(tau) s / |s|)``
+- ``gelu_l2_norm``: ``sqrt(tau) g / |g|`` with ``g = gelu(s)``
+- ``softmax``: ``tau softmax(s)``
+
+Parameter tokens come in groups (one for each growth stage). Groups meet only in the row norms, and in the sum of
+their outputs: a group with zero keys therefore changes no bit of the result, and a frozen group costs no
+weight-gradient product. Norms and softmax run in float32 (float64 for float64).
+
+Row norms are scaled by the largest entry, so they neither overflow nor underflow. A row whose scores are all zero
+has weights and gradient zero, where the plain formula gives NaN.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NormActivation = Literal["gelu", "l2_norm_gelu", "gelu_l2_norm", "softmax"]
+NORM_ACTIVATIONS: tuple[NormActivation, ...] = ("gelu", "l2_norm_gelu", "gelu_l2_norm", "softmax")
+
+
+class WeightKind(NamedTuple):
+    """Which function turns scores into weights. ``norm_eps`` is added to the L2 norms."""
+
+    norm_activation: NormActivation
+    tau: float
+    gelu_approximate: Literal["none", "tanh"] = "none"
+    norm_eps: float = 0.0
+
+
+def pattention(x: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], kind: WeightKind) -> Tensor:
+    """Attention of ``x`` over the parameter tokens of all groups, on the fastest path that applies.
+
+    Args:
+        x: [..., d_in].
+        keys: one [n_g, d_in] for each group g.
+        values: one [n_g, d_out] for each group g.
+        kind: the weight function.
+
+    Returns:
+        [..., d_out], in the dtype of ``x``, or in autocast's where that is on. float16 is computed in float32
+        inside, since scores can leave its range where the result does not.
+    """
+    from tokenformer.ops import pattention_cpu
+
+    device_type = x.device.type
+    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
+    compute = torch.float32 if dtype == torch.float16 else dtype
+    with torch.autocast(device_type, enabled=False):
+        x, keys, values = x.to(compute), [k.to(compute) for k in keys], [v.to(compute) for v in values]
+        if pattention_cpu.applies(x, keys, values):
+            return pattention_cpu.pattention_row_blocks(x, keys, values, kind).to(dtype)
+        return pattention_reference(x, keys, values, kind).to(dtype)
+
+
+def pattention_reference(
+    x: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], kind: WeightKind
+) -> Tensor:
+    """The definition, in plain differentiable tensor operations; arguments as for :func:`pattention`."""
+    scores = [F.linear(x, group) for group in keys]
+    weights = attention_weights(scores, kind)
+    out = weights[0].to(x.dtype) @ values[0]
+    for group_weights, group in zip(weights[1:], values[1:], strict=True):
+        out = out + group_weights.to(x.dtype) @ group
+    return out
+
+
+def attention_weights(scores: Sequence[Tensor], kind: WeightKind) -> list[Tensor]:
+    """Weights of every parameter token.
+
+    Args:
+        scores: one [..., n_g] for each group.
+        kind: the weight function; norms and sums run over the tokens of all groups.
+
+    Returns:
+        One [..., n_g] for each group, float32 (float64 for float64 scores).
+    """
+    wide = [s if s.dtype == torch.float64 else s.float() for s in scores]
+    if kind.norm_activation == "softmax":
+        largest = _largest(wide)
+        exponentials = [torch.exp(s - largest) for s in wide]
+        total = _sum_over_groups(exponentials)
+        return [e / total * kind.tau for e in exponentials]
+    if kind.norm_activation == "gelu":
+        return [F.gelu(s, approximate=kind.gelu_approximate) for s in wide]
+    root = math.sqrt(kind.tau)
+    if kind.norm_activation == "l2_norm_gelu":
+        divisor = norm_divisor(wide, kind.norm_eps)
+        return [F.gelu(s / divisor * root, approximate=kind.gelu_approximate) for s in wide]
+    activated = [F.gelu(s, approximate=kind.gelu_approximate) for s in wide]
+    divisor = norm_divisor(activated, kind.norm_eps)
+    return [g / divisor * root for g in activated]
+
+
+def norm_divisor(parts: Sequence[Tensor], eps: float) -> Tensor:
+    """``|row| + eps`` over all groups, [..., 1]; infinite where the row is zero, so that the quotient and its
+    gradient are zero there."""
+    largest = _largest([part.detach().abs() for part in parts])
+    scale = torch.where(largest > 0, largest, 1.0)
+    squares = _sum_over_groups([(part / scale).square() for part in parts])
+    nonzero = squares > 0
+    norm = scale * torch.where(nonzero, squares, 1.0).sqrt()
+    return torch.where(nonzero, norm + eps, torch.inf)
+
+
+def _largest(parts: Sequence[Tensor]) -> Tensor:
+    largest = parts[0].amax(-1, keepdim=True)
+    for part in parts[1:]:
+        largest = torch.maximum(largest, part.amax(-1, keepdim=True))
+    return largest
+
+
+def _sum_over_groups(parts: Sequence[Tensor]) -> Tensor:
+    total = parts[0].sum(-1, keepdim=True)
+    for part in parts[1:]:
+        total = total + part.sum(-1, keepdim=True)
+    return total
