@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from tokenformer.errors import TokenFormerError
+from tokenformer.layers.growth_rules import GrowthInit, check_growth
 from tokenformer.ops.pattention import NORM_ACTIVATIONS, NormActivation, WeightKind, pattention
-
-GrowthInit = Literal["exact", "copies", "random"]
 
 COPY_NOISE = 0.1
 """Noise on the values of copies, relative to their own root mean square; it sums to zero over the copies."""
@@ -204,8 +203,8 @@ class Pattention(nn.Module):
 
     def _append(self, keys: Tensor, values: Tensor) -> None:
         like = self.key_tokens[0]
-        self.key_tokens.append(nn.Parameter(keys.to(like)))
-        self.value_tokens.append(nn.Parameter(values.to(like)))
+        self.key_tokens.append(nn.Parameter(keys.to(like, copy=True)))
+        self.value_tokens.append(nn.Parameter(values.to(like, copy=True)))
 
     def _append_copies(self, r: int, generator: torch.Generator | None) -> None:
         for keys, values in zip(list(self.key_tokens), list(self.value_tokens), strict=True):
@@ -227,24 +226,3 @@ class Pattention(nn.Module):
             raise TokenFormerError(
                 f"group: found {group}, but this layer has groups 0 to {len(self.groups) - 1}"
             )
-
-
-def check_growth(old: int, new: int, init: str, norm_activation: str, field: str) -> None:
-    """Refuse a growth that cannot be; needs sizes only.
-
-    Raises:
-        TokenFormerError: ``new`` is below ``old``; ``exact`` for softmax; ``copies`` where ``new`` is no multiple.
-    """
-    if new < old:
-        raise TokenFormerError(
-            f"{field}: found {new}, but there are {old} parameter tokens already; growth only adds"
-        )
-    if init == "exact" and norm_activation == "softmax":
-        raise TokenFormerError(
-            "init 'exact' is not possible for norm_activation 'softmax': a token with a zero key still adds exp(0) "
-            "to the denominator and so changes every weight; use init 'copies' (a whole multiple of the tokens)"
-        )
-    if init == "copies" and new % old:
-        raise TokenFormerError(
-            f"{field}: found {new}, but init 'copies' needs a whole multiple of the {old} tokens there are"
-        )

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from tokenformer.layers.attention import SelfAttention
-from tokenformer.layers.block import Block
+from tokenformer.layers.block import Block, Head
 from tokenformer.layers.pattention import Pattention
 from tokenformer.models.decoder import Decoder, draw_normal
 from tokenformer.models.tokenformer.config import TokenFormerConfig
@@ -30,7 +30,7 @@ class TokenFormer(Decoder):
     def __init__(self, config: TokenFormerConfig, generator: torch.Generator | None = None) -> None:
         super().__init__(config, [_block(config, generator) for _ in range(config.num_hidden_layers)])
         draw_normal(self.embedding.weight, EMBEDDING_STD, generator)
-        if not config.tie_word_embeddings:
+        if isinstance(self.head, Head):
             draw_normal(self.head.weight, EMBEDDING_STD, generator)
 
 

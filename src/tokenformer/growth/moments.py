@@ -1,0 +1,58 @@
+"""An optimiser's state by parameter name, and its move from a model to its larger copy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from tokenformer.errors import TokenFormerError
+
+Moments = Mapping[str, Mapping[str, Tensor]]
+_ADAM_STATE = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step"}
+
+
+def move_optimizer(
+    optimizer: torch.optim.Optimizer,
+    old: nn.Module,
+    new: nn.Module,
+    carry: Callable[[Moments], dict[str, dict[str, Tensor]]],
+) -> None:
+    """Make ``optimizer`` optimise ``new`` in place of ``old``.
+
+    Args:
+        optimizer: over parameters of ``old``, with Adam-like state.
+        old: the model before.
+        new: its larger copy, with the names of ``old`` and more.
+        carry: moments of ``old`` by name -> moments of ``new`` by name.
+
+    Raises:
+        TokenFormerError: a parameter or a kind of state that is not ``old``'s or not Adam's.
+    """
+    names = {id(parameter): name for name, parameter in old.named_parameters()}
+    targets = dict(new.named_parameters())
+    for group in optimizer.param_groups:
+        if any(id(parameter) not in names for parameter in group["params"]):
+            raise TokenFormerError("grow: the optimizer holds parameters that are not the model's")
+    for state in optimizer.state.values():
+        if unknown := state.keys() - _ADAM_STATE:
+            raise TokenFormerError(
+                f"grow: optimizer state {sorted(unknown)} is not Adam's and cannot be carried over"
+            )
+    named = {names[id(parameter)]: state for parameter, state in optimizer.state.items()}
+    carried = carry(named)
+    known = set(names.values())
+    for group in optimizer.param_groups:
+        old_names = [names[id(parameter)] for parameter in group["params"]]
+        added = [name for name in targets if name not in known and _first_of(name) in old_names]
+        group["params"] = [targets[name] for name in (*old_names, *added)]
+    optimizer.state.clear()
+    for name, state in carried.items():
+        optimizer.state[targets[name]] = dict(state)
+
+
+def _first_of(name: str) -> str:
+    """The name of the first group's parameter beside a later group's."""
+    stem, _, _ = name.rpartition(".")
+    return f"{stem}.0"
