@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -11,12 +11,13 @@ from tokenformer.errors import TokenFormerError
 from tokenformer.files import read_json
 from tokenformer.language.store import TokenStore
 from tokenformer.language.tokenizers import Tokenizer, load_tokenizer
+from tokenformer.models.config import DecoderConfig
 from tokenformer.validation import StrictModel, validate
 
 DATASET_FILE = "dataset.json"
 Count = Annotated[int, Field(ge=0)]
-SplitName = Literal["train", "validation"]
-SPLIT_NAMES: tuple[SplitName, ...] = get_args(SplitName)
+SplitName = Annotated[str, Field(pattern="^[a-z]+$")]  # also a file name
+SPLIT_NAMES = ("train", "validation")
 
 
 class SplitInfo(StrictModel):
@@ -62,7 +63,7 @@ class DataDirectory:
     """A validated, memory-mapped data directory: ``path``, ``info``, ``tokenizer``, a store a split."""
 
     def __init__(
-        self, path: Path, info: DatasetInfo, tokenizer: Tokenizer, stores: dict[SplitName, TokenStore]
+        self, path: Path, info: DatasetInfo, tokenizer: Tokenizer, stores: dict[str, TokenStore]
     ) -> None:
         self.path = path
         self.info = info
@@ -93,19 +94,38 @@ class DataDirectory:
         stores = {name: _open_split(path, name, info) for name in info.splits}
         return cls(path, info, tokenizer, stores)
 
+    def check_model(self, config: DecoderConfig, tokenizer_sha256: str | None) -> None:
+        """Refuse a model that cannot read these tokens; ``tokenizer_sha256`` of its tokenizer, where known.
+
+        Raises:
+            TokenFormerError: the model has another tokenizer or too small a vocabulary; or, of a model
+                without tokenizer, a vocabulary of another size.
+        """
+        info = self.info
+        if tokenizer_sha256 is not None and tokenizer_sha256 != info.tokenizer_sha256:
+            raise TokenFormerError(
+                f"{self.path}: its tokenizer ({info.tokenizer}, hash {info.tokenizer_sha256[:16]}) is not the "
+                f"model's (hash {tokenizer_sha256[:16]}); prepare the data with the model's tokenizer.json"
+            )
+        fits = config.vocab_size >= info.vocab_size if tokenizer_sha256 else False
+        if not fits and config.vocab_size != info.padded_vocab_size:
+            raise TokenFormerError(
+                f"vocab_size: the model has {config.vocab_size}, expected {info.padded_vocab_size} for the "
+                f"tokenizer of {self.path} ({info.tokenizer}: {info.vocab_size} ids, padded to a multiple of 128)"
+            )
+
     def split(self, name: str) -> TokenStore:
         """The tokens of a split.
 
         Raises:
             TokenFormerError: there is no such split.
         """
-        for known, store in self._stores.items():
-            if known == name:
-                return store
-        raise TokenFormerError(f"{self.path}: no split '{name}'; found {', '.join(self._stores)}")
+        if name not in self._stores:
+            raise TokenFormerError(f"{self.path}: no split '{name}'; found {', '.join(self._stores)}")
+        return self._stores[name]
 
 
-def _open_split(path: Path, name: SplitName, info: DatasetInfo) -> TokenStore:
+def _open_split(path: Path, name: str, info: DatasetInfo) -> TokenStore:
     store = TokenStore(path / name)
     expected = info.splits[name]
     found = (store.num_documents, store.num_tokens)

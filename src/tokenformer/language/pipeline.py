@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import NamedTuple
 
 import numpy as np
@@ -60,7 +60,7 @@ class TrainingWindows:
         window: np.ndarray = self._samples[i]
         return window
 
-    def batches(self, start_sample: int, batch_size: int) -> Iterator[np.ndarray]:
+    def batches(self, start_sample: int, batch_size: int) -> Generator[np.ndarray, None, None]:
         """Endless batches [batch_size, T + 1] int64 of the samples from ``start_sample`` on, read ahead in a
         background thread, which ends when the iterator is closed or dropped."""
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=_PREFETCHED_BATCHES)

@@ -17,7 +17,6 @@ from tokenformer.language.data_directory import (
     DataDirectory,
     DatasetInfo,
     SplitInfo,
-    SplitName,
     SplitRule,
 )
 from tokenformer.language.splits import Corpus, Part, choose_rule
@@ -124,10 +123,10 @@ def _given_tokenizer(tokenizer: str | Path, eos_token: str | None) -> Tokenizer:
 
 def _write_splits(
     parts: Iterable[Part], tokenizer: Tokenizer, directory: Path, utf8_bytes: int
-) -> dict[SplitName, SplitInfo]:
+) -> dict[str, SplitInfo]:
     dtype = token_dtype(tokenizer.padded_vocab_size)
     end = np.array([tokenizer.eos_token_id], dtype=dtype)
-    written: Counter[SplitName] = Counter()
+    written: Counter[str] = Counter()
     with ExitStack() as stack:
         writers = {
             split: stack.enter_context(TokenStoreWriter(directory / split, dtype)) for split in SPLIT_NAMES
@@ -147,10 +146,10 @@ def _write_splits(
     }
 
 
-def _batches(parts: Iterable[Part]) -> Iterator[tuple[SplitName, list[str]]]:
+def _batches(parts: Iterable[Part]) -> Iterator[tuple[str, list[str]]]:
     """Texts of one split at a time, a few megabytes together; each split keeps its order."""
-    waiting: dict[SplitName, list[str]] = {split: [] for split in SPLIT_NAMES}
-    sizes: Counter[SplitName] = Counter()
+    waiting: dict[str, list[str]] = {split: [] for split in SPLIT_NAMES}
+    sizes: Counter[str] = Counter()
     for split, text in parts:
         waiting[split].append(text)
         sizes[split] += len(text)
@@ -161,7 +160,7 @@ def _batches(parts: Iterable[Part]) -> Iterator[tuple[SplitName, list[str]]]:
     yield from ((split, texts) for split, texts in waiting.items() if texts)
 
 
-def _check_written(written: Counter[SplitName], utf8_bytes: int) -> None:
+def _check_written(written: Counter[str], utf8_bytes: int) -> None:
     if sum(written.values()) != utf8_bytes:
         raise TokenFormerError(
             f"sources: changed while they were read: found {utf8_bytes} bytes of text, "

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tokenformer.errors import TokenFormerError
-from tokenformer.language.data_directory import SplitName, SplitRule
+from tokenformer.language.data_directory import SplitRule
 from tokenformer.language.documents import check_sources, read_documents
 
 
 class Part(NamedTuple):
     """A text, or one side of a cut text, and the split it belongs to."""
 
-    split: SplitName
+    split: str
     text: str
 
 
@@ -126,7 +126,7 @@ def _divide_at(texts: Iterable[str], cut: int) -> Iterator[Part]:
             position = _boundary(content, cut - start)
             for split, side in (("train", content[:position]), ("validation", content[position:])):
                 if side:
-                    yield Part(split, side.decode("utf-8"))  # type: ignore[arg-type]
+                    yield Part(split, side.decode("utf-8"))
         start = end
 
 

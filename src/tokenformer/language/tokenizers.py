@@ -98,7 +98,8 @@ class Tokenizer:
     def count_bytes(self, ids: np.ndarray) -> int:
         """UTF-8 bytes of the text that ``ids`` [t] stand for; special ids count 0."""
         if self._byte_lengths is None:
-            return len(self.decode(ids).encode("utf-8"))
+            documents = np.split(ids, np.flatnonzero(ids == self.eos_token_id) + 1)
+            return sum(len(self.decode(document).encode("utf-8")) for document in documents)
         counts = np.bincount(ids, minlength=len(self._byte_lengths))[: len(self._byte_lengths)]
         return int(counts @ self._byte_lengths)
 

@@ -1,0 +1,115 @@
+"""How well a model predicts a split: loss, perplexity and bits per byte."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokenformer.language.data_directory import DataDirectory
+from tokenformer.language.loss import Batch, loss_sum
+from tokenformer.language.pipeline import ValidationWindows
+from tokenformer.models.base import LanguageModel
+from tokenformer.progress import progress_bar
+
+_COUNTED_AT_ONCE = 2**20
+
+
+class Evaluation(NamedTuple):
+    """Total ``nats`` of ``tokens`` predicted tokens, which stand for ``bytes`` UTF-8 bytes of text.
+
+    The first token of the stream has nothing before it: it is not predicted, and its bytes are not counted.
+    The end of a document is a predicted token of 0 bytes.
+    """
+
+    nats: float
+    tokens: int
+    bytes: int
+
+    @property
+    def loss(self) -> float:
+        """Nats a token."""
+        return self.nats / self.tokens
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss); infinite where that is too large for a float."""
+        return math.exp(self.loss) if self.loss < 709 else math.inf
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Total nats / ln 2 / bytes."""
+        return self.nats / math.log(2) / self.bytes if self.bytes else math.inf
+
+    def metrics(self) -> dict[str, float]:
+        """The three measures by name."""
+        return {"loss": self.loss, "perplexity": self.perplexity, "bits_per_byte": self.bits_per_byte}
+
+
+def score(
+    model: LanguageModel,
+    data: DataDirectory,
+    *,
+    sequence_length: int,
+    batch_size: int,
+    device: torch.device | str,
+    split: str = "validation",
+    max_tokens: int | None = None,
+    progress: str | None = None,
+) -> Evaluation:
+    """Score every token of ``split`` but the first, or the first ``max_tokens`` of these.
+
+    The text is taken in windows of ``sequence_length`` tokens, each predicted from those before it in its
+    window and one; the result does not depend on ``batch_size`` (windows at a time). The model is evaluated
+    as it is on ``device`` and left in the mode it was in. ``progress`` is the title of a progress bar.
+
+    Raises:
+        TokenFormerError: there is no such split, or it holds fewer than two tokens.
+    """
+    store = data.split(split)
+    windows = ValidationWindows(store, sequence_length, max_tokens)
+    nats: list[Tensor] = []  # stay on the device until the end, so that it never waits
+    shown = progress_bar(progress, windows.num_targets, "tokens") if progress else nullcontext()
+    with _evaluation_mode(model), torch.no_grad(), shown as bar:
+        left = windows.num_targets
+        for batch in _batches(windows, batch_size, torch.device(device)):
+            nats.append(loss_sum(model, batch).nats.detach())
+            if bar is not None:
+                bar.advance(min(batch.targets.numel(), left))
+                left -= batch.targets.numel()
+        total = torch.stack(nats).cpu().double().sum().item()
+    return Evaluation(total, windows.num_targets, _scored_bytes(data, split, windows.num_targets))
+
+
+def _batches(windows: ValidationWindows, batch_size: int, device: torch.device) -> Iterator[Batch]:
+    for start in range(0, len(windows), batch_size):
+        chosen = [windows[index] for index in range(start, min(start + batch_size, len(windows)))]
+        inputs, targets = (torch.from_numpy(np.stack(part)) for part in zip(*chosen, strict=True))
+        yield Batch(inputs.to(device), targets.to(device))
+
+
+def _scored_bytes(data: DataDirectory, split: str, targets: int) -> int:
+    """UTF-8 bytes of the text behind tokens 1 to ``targets`` of the stream."""
+    store, tokenizer = data.split(split), data.tokenizer
+    if targets == store.num_tokens - 1:  # all: what was read counts, also where tokens do not give it back
+        return data.info.splits[split].utf8_bytes - tokenizer.count_bytes(store.tokens(0, 1))
+    stops = range(1, targets + 1, _COUNTED_AT_ONCE)
+    return sum(
+        tokenizer.count_bytes(store.tokens(start, min(start + _COUNTED_AT_ONCE, targets + 1)))
+        for start in stops
+    )
+
+
+@contextmanager
+def _evaluation_mode(model: LanguageModel) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
