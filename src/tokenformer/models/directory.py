@@ -13,12 +13,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tokenformer.errors import TokenFormerError
-from tokenformer.files import new_directory, read_json, write_json, write_text
+from tokenformer.files import new_directory, write_json, write_text
 from tokenformer.models.base import LanguageModel
 from tokenformer.models.card import model_card
+from tokenformer.models.paths import weight_files
 from tokenformer.models.registry import load_config, model_class
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_SHARD_SIZE = "5GB"
 _SHOWN = 6  # names listed in an error
 
@@ -121,28 +121,6 @@ def read_weights(
                 tensor = file.get_tensor(name)
                 weights[name] = tensor if dtype is None else tensor.to(dtype)
     return weights
-
-
-def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a model directory, one or several.
-
-    Raises:
-        TokenFormerError: none there, or a shard that the index names is missing or lies elsewhere.
-    """
-    single, index = directory / WEIGHTS, directory / INDEX
-    if single.is_file():
-        return [single]
-    if not index.is_file():
-        raise TokenFormerError(
-            f"{directory}: found neither {WEIGHTS} nor {INDEX}; expected a model directory"
-        )
-    names = sorted(set(read_json(index, "the index of sharded weights").get("weight_map", {}).values()))
-    for name in names:
-        if Path(name).name != name:
-            raise TokenFormerError(f"{index}: shard '{name}' lies outside the model directory")
-        if not (directory / name).is_file():
-            raise TokenFormerError(f"{directory / name}: missing, but named in {INDEX}")
-    return [directory / name for name in names]
 
 
 def _open(path: Path, device: str) -> safe_open:

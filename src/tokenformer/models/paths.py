@@ -1,10 +1,13 @@
-"""Which directory a user means by a path. No torch here."""
+"""Which directory a user means by a path, and which files it must hold. No torch here."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from tokenformer.errors import TokenFormerError
+from tokenformer.files import read_json
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def is_model_directory(path: Path) -> bool:
@@ -31,3 +34,28 @@ def resolve_model_directory(path: Path | str) -> Path:
     if (path / "config.yaml").is_file():
         raise TokenFormerError(f"{path}: this run has not written its model/ yet; {expected}")
     raise TokenFormerError(f"{path}: holds neither; {expected}")
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a model directory, one or several.
+
+    Raises:
+        TokenFormerError: none there, or a shard that the index names is missing or lies elsewhere.
+    """
+    single, index = directory / WEIGHTS, directory / INDEX
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        raise TokenFormerError(
+            f"{directory}: found neither {WEIGHTS} nor {INDEX}; expected a model directory"
+        )
+    weight_map = read_json(index, "the index of sharded weights").get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise TokenFormerError(f"{index}: weight_map: expected an object of tensor names and their files")
+    names = sorted({str(name) for name in weight_map.values()})
+    for name in names:
+        if Path(name).name != name:
+            raise TokenFormerError(f"{index}: shard '{name}' lies outside the model directory")
+        if not (directory / name).is_file():
+            raise TokenFormerError(f"{directory / name}: missing, but named in {INDEX}")
+    return [directory / name for name in names]

@@ -1,0 +1,39 @@
+"""``tokenformer convert``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+_EXAMPLES = """
+**Examples**
+
+`tokenformer convert official native TokenFormer-150M models/150m` : a checkpoint of the authors' code
+(`config.json` and `pytorch_model.bin`) to a model directory
+"""
+
+
+def convert(
+    source_format: Annotated[str, typer.Argument(metavar="FROM", help="The format of SRC: `official`.")],
+    target_format: Annotated[str, typer.Argument(metavar="TO", help="The format of DST: `native`.")],
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="The directory to read.")],
+    target: Annotated[Path, typer.Argument(metavar="DST", help="The directory to write; new or empty.")],
+) -> None:
+    """Convert a model between formats; every tensor is accounted for, nothing is guessed."""
+    from tokenformer.interop.formats import find_conversion
+
+    converted = find_conversion(source_format, target_format)(source, target)
+    config = converted.config
+    tokenizer = "tokenizer.json copied" if converted.has_tokenizer else "no tokenizer.json in the source"
+    print(
+        f"{config.class_name}, {config.num_parameters():,} parameters, context {config.max_position_embeddings}"
+    )
+    print(f"{converted.tensors} tensors ({converted.dtype}) mapped, none left over; {tokenizer}")
+    print(f"Written to {converted.directory}. Next: tokenformer inspect {converted.directory}")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to ``app``."""
+    app.command("convert", epilog=_EXAMPLES)(convert)

@@ -1,0 +1,45 @@
+"""The conversions there are, by name. No torch here: a conversion is imported when it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import NamedTuple
+
+from tokenformer.errors import TokenFormerError
+from tokenformer.models.config import DecoderConfig
+
+
+class Converted(NamedTuple):
+    """What a conversion wrote.
+
+    ``tensors``: how many were mapped; ``dtype``: of the source (``float32``, ...); ``has_tokenizer``: whether a
+    ``tokenizer.json`` came along.
+    """
+
+    directory: Path
+    config: DecoderConfig
+    tensors: int
+    dtype: str
+    has_tokenizer: bool
+
+
+Convert = Callable[[Path, Path], Converted]
+
+_CONVERSIONS = {("official", "native"): "tokenformer.interop.official:official_to_native"}
+
+
+def find_conversion(source_format: str, target_format: str) -> Convert:
+    """The function that converts a directory of one format to another: ``convert(source, target)``.
+
+    Raises:
+        TokenFormerError: this pair is not known; the message lists those that are.
+    """
+    place = _CONVERSIONS.get((source_format, target_format))
+    if place is None:
+        known = "; ".join(f"{source} to {target}" for source, target in _CONVERSIONS)
+        raise TokenFormerError(f"convert: {source_format} to {target_format} is not offered; known: {known}")
+    module, name = place.split(":")
+    convert: Convert = getattr(import_module(module), name)
+    return convert

@@ -1,0 +1,44 @@
+"""What ``inspect`` shows of a model, run, checkpoint or data directory. No torch here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tokenformer.errors import TokenFormerError
+from tokenformer.language.data_directory import DATASET_FILE
+from tokenformer.models.paths import is_model_directory
+from tokenformer.report.inspect_data import describe_data
+from tokenformer.report.inspect_model import describe_model
+from tokenformer.report.inspect_run import describe_checkpoint, describe_run, is_run_directory
+from tokenformer.report.tables import Table
+from tokenformer.train.state import is_checkpoint
+
+
+class Inspection(NamedTuple):
+    """``data``: all facts, ready for JSON (``kind`` and ``path`` first); ``tables``: the same for people."""
+
+    data: dict[str, Any]
+    tables: list[Table]
+
+
+def inspect_path(path: Path | str) -> Inspection:
+    """Describe what lies at ``path``.
+
+    Raises:
+        TokenFormerError: nothing of ours is there, or it is damaged.
+    """
+    path = Path(path)
+    if is_checkpoint(path):  # holds a config.json too
+        return Inspection(*describe_checkpoint(path))
+    if (path / DATASET_FILE).is_file():
+        return Inspection(*describe_data(path))
+    if is_model_directory(path):
+        return Inspection(*describe_model(path))
+    if is_run_directory(path):
+        return Inspection(*describe_run(path))
+    found = "a file" if path.is_file() else "none of their files" if path.is_dir() else "nothing"
+    raise TokenFormerError(
+        f"{path}: found {found}; expected a model directory (config.json), a run directory (config.yaml), "
+        f"a training checkpoint (state.json) or a data directory ({DATASET_FILE})"
+    )

@@ -1,0 +1,149 @@
+"""A run directory or training checkpoint in numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tokenformer.models.paths import is_model_directory
+from tokenformer.models.registry import load_config
+from tokenformer.progress import short_number
+from tokenformer.report.inspect_model import config_tables, describe_config
+from tokenformer.report.tables import Table, byte_size, count
+from tokenformer.train.config import RunConfig, load_run_config
+from tokenformer.train.metrics import METRICS_FILE, read_metrics
+from tokenformer.train.state import is_checkpoint, read_state
+
+CONFIG_FILE = "config.yaml"
+
+
+def is_run_directory(path: Path) -> bool:
+    """Whether ``path`` holds the effective configuration of a run."""
+    return (path / CONFIG_FILE).is_file()
+
+
+def describe_run(path: Path) -> tuple[dict[str, Any], list[Table]]:
+    """Facts and tables of a run directory.
+
+    Raises:
+        TokenFormerError: a damaged configuration, metrics file or checkpoint.
+    """
+    config = load_run_config(path / CONFIG_FILE)
+    metrics = read_metrics(path) if (path / METRICS_FILE).is_file() else []
+    facts: dict[str, Any] = {
+        "kind": "run",
+        "path": str(path),
+        "config": config.model_dump(mode="json"),
+        "stages": _stages(config),
+        "metrics": {"lines": len(metrics), "latest": _latest(metrics)},
+        "checkpoints": [_checkpoint_facts(found) for found in _checkpoints(path)],
+        "model": None,
+    }
+    tables = [_run_table(facts, config), _stage_table(facts["stages"])]
+    if metrics:
+        rows = [(name, _value(value)) for name, value in facts["metrics"]["latest"].items()]
+        tables.append(Table(f"Latest metrics (of {count(len(metrics))} lines)", ("metric", "value"), rows))
+    if facts["checkpoints"]:
+        tables.append(_checkpoint_table(facts["checkpoints"]))
+    if is_model_directory(path / "model"):
+        facts["model"] = {"path": str(path / "model"), **describe_config(load_config(path / "model"))}
+        tables += config_tables(facts["model"])
+    return facts, tables
+
+
+def describe_checkpoint(path: Path) -> tuple[dict[str, Any], list[Table]]:
+    """Facts and tables of a training checkpoint: its counters, size and model.
+
+    Raises:
+        TokenFormerError: a damaged state or configuration.
+    """
+    facts = {"kind": "checkpoint", **_checkpoint_facts(path)}
+    facts |= describe_config(load_config(path))
+    rows = [(name, _value(value)) for name, value in facts["state"].items()]
+    rows.append(("size", byte_size(facts["bytes"])))
+    return facts, [Table(f"training checkpoint: {path}", ("field", "value"), rows), *config_tables(facts)]
+
+
+def _checkpoints(run: Path) -> list[Path]:
+    found = [path for path in (run / "checkpoints").glob("step-*") if is_checkpoint(path)]
+    return sorted(found, key=lambda path: read_state(path).step)
+
+
+def _checkpoint_facts(path: Path) -> dict[str, Any]:
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    return {"path": str(path), "bytes": size, "state": read_state(path).model_dump(mode="json")}
+
+
+def _stages(config: RunConfig) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": stage.name,
+            "steps": stage.steps,
+            "tokens": stage.steps * stage.data.batch_tokens,
+            "grow": None if stage.grow is None else stage.grow.model_dump(mode="json", exclude_none=True),
+            "lr": stage.optimizer.lr,
+            "schedule": stage.schedule.name,
+        }
+        for stage in config.resolve()
+    ]
+
+
+def _latest(metrics: list[dict[str, Any]]) -> dict[str, Any]:
+    """The newest value of every metric: lines hold what was measured at their step."""
+    latest: dict[str, Any] = {}
+    for line in metrics:
+        latest |= line
+    return latest
+
+
+def _run_table(facts: dict[str, Any], config: RunConfig) -> Table:
+    start = config.init_from if config.model is None else f"fresh {config.model.architecture}"
+    rows = [
+        ("starts from", str(start)),
+        ("data", config.data.path),
+        ("sequence length", count(config.data.sequence_length)),
+        ("tokens a step", count(config.data.batch_tokens)),
+        (
+            "optimizer",
+            f"{config.optimizer.name}, lr {config.optimizer.lr:g}, decay {config.optimizer.weight_decay:g}",
+        ),
+        ("precision", config.precision.dtype),
+        ("device", config.parallel.device),
+        ("seed", str(config.seed)),
+    ]
+    return Table(f"run: {facts['path']}", ("field", "value"), rows)
+
+
+def _stage_table(stages: list[dict[str, Any]]) -> Table:
+    rows = [
+        (
+            stage["name"],
+            count(stage["steps"]),
+            count(stage["tokens"]),
+            ", ".join(f"{name} {value}" for name, value in (stage["grow"] or {}).items()) or "-",
+            f"{stage['lr']:g}",
+            stage["schedule"],
+        )
+        for stage in stages
+    ]
+    return Table("Stages", ("stage", "steps", "tokens", "grow first", "lr", "schedule"), rows)
+
+
+def _checkpoint_table(checkpoints: list[dict[str, Any]]) -> Table:
+    rows = [
+        (
+            Path(found["path"]).name,
+            count(found["state"]["stage"]),
+            count(found["state"]["tokens"]),
+            short_number(found["state"]["flops"]),
+            byte_size(found["bytes"]),
+        )
+        for found in checkpoints
+    ]
+    return Table("Checkpoints", ("checkpoint", "stage", "tokens", "FLOPs", "size"), rows)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return count(value) if isinstance(value, int) else str(value)
