@@ -78,7 +78,8 @@ def grow(
         ffn: see ``qkv``.
         init: ``exact``, ``copies`` or ``random``.
         optimizer: an Adam-like optimiser of ``module``; from now on it optimises the copy. Old groups keep their
-            moments, new ones join the parameter group of their layer's first group and start at step 0.
+            moments, new ones join the parameter group of their layer (the first one if the layer was
+            not optimised) and start at step 0.
         seed: draws the new tokens.
 
     Returns:
@@ -104,7 +105,7 @@ def grow_model(module: nn.Module, spec: GrowthSpec, *, seed: int = 0, step: int 
     Args:
         module: stays as it is.
         spec: what to do.
-        seed: draws the new tokens, for each layer by its name.
+        seed: draws the new tokens, for each layer by its name and size.
         step: training steps done so far, for the growth history.
     """
     layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, Pattention)}
@@ -128,12 +129,17 @@ def grow_model(module: nn.Module, spec: GrowthSpec, *, seed: int = 0, step: int 
     for name, target in targets.items():
         layer = cast(Pattention, larger.get_submodule(name))
         before = layer.groups
-        layer.grow(target, spec.init, torch.Generator().manual_seed(seed ^ zlib.crc32(name.encode())))
+        layer.grow(target, spec.init, _generator(seed, name, sum(before)))
         if spec.init == "copies" and target != sum(before):
             copied |= _copy_sources(name, len(before), target // sum(before))
     if config is not None:
         cast(LanguageModel, larger).config = config
     return Grown(larger, copied, fresh_optimizer=spec.init == "random")
+
+
+def _generator(seed: int, layer: str, tokens: int) -> torch.Generator:
+    """One for each layer and size, so that growing twice with one seed draws different tokens."""
+    return torch.Generator().manual_seed(seed ^ zlib.crc32(f"{layer}:{tokens}".encode()))
 
 
 def _target(module: nn.Module, name: str, layer: Pattention, spec: GrowthSpec) -> int:

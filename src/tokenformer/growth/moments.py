@@ -42,17 +42,20 @@ def move_optimizer(
             )
     named = {names[id(parameter)]: state for parameter, state in optimizer.state.items()}
     carried = carry(named)
-    known = set(names.values())
+    group_of = {
+        _layer(names[id(p)]): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]
+    }
     for group in optimizer.param_groups:
-        old_names = [names[id(parameter)] for parameter in group["params"]]
-        added = [name for name in targets if name not in known and _first_of(name) in old_names]
-        group["params"] = [targets[name] for name in (*old_names, *added)]
+        group["params"] = [targets[names[id(parameter)]] for parameter in group["params"]]
+    known = set(names.values())
+    for name, parameter in targets.items():
+        if name not in known:
+            optimizer.param_groups[group_of.get(_layer(name), 0)]["params"].append(parameter)
     optimizer.state.clear()
     for name, state in carried.items():
         optimizer.state[targets[name]] = dict(state)
 
 
-def _first_of(name: str) -> str:
-    """The name of the first group's parameter beside a later group's."""
-    stem, _, _ = name.rpartition(".")
-    return f"{stem}.0"
+def _layer(name: str) -> str:
+    """A parameter's name without the number of its group."""
+    return name.rpartition(".")[0]
