@@ -1,0 +1,171 @@
+"""``tokenformer generate``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tokenformer.errors import TokenFormerError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tokenformer.generation.engine import GenerationStep
+    from tokenformer.language.tokenizers import Tokenizer
+
+_EXAMPLES = """
+**Examples**
+
+`tokenformer generate runs/first --prompt "def main():"`
+
+`tokenformer generate models/150m --prompt "Once upon" --temperature 0 --max-new-tokens 50`
+
+`tokenformer generate models/150m --prompt "One" --prompt "Two" --top-p 0.9 --seed 7`
+
+`tokenformer generate models/150m --prompt-file chapter.txt --truncate-prompt`
+"""
+
+
+def generate(
+    model: Annotated[Path, typer.Argument(help="A model directory, or a run directory.")],
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TEXT", help="The text to continue; may be given more than once.", show_default=False
+        ),
+    ] = None,
+    prompt_file: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE", help="A text file to continue, to its last character.", show_default=False
+        ),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="The most tokens to add.")] = 128,
+    temperature: Annotated[
+        float, typer.Option(help="Divides the logits; 0 takes the likeliest token.")
+    ] = 1.0,
+    top_k: Annotated[int | None, typer.Option(help="Keep the k likeliest tokens.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Keep the likeliest tokens that together reach probability p.")
+    ] = None,
+    min_p: Annotated[
+        float | None, typer.Option(help="Keep tokens at least this times as likely as the likeliest.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Prompt number i (from 0) draws with seed + i.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    truncate_prompt: Annotated[
+        bool, typer.Option("--truncate-prompt", help="Keep the last tokens of a prompt that does not fit.")
+    ] = False,
+) -> None:
+    """Continue text. One prompt is streamed as it is written; several are printed one after another."""
+    from tokenformer.files import read_text
+    from tokenformer.generation.config import SamplingConfig
+    from tokenformer.generation.context import fit_prompts, new_token_limits
+    from tokenformer.models.paths import resolve_model_directory
+    from tokenformer.models.registry import load_config
+    from tokenformer.validation import validate
+
+    values = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
+    sampling = validate(SamplingConfig, values, source="generate")
+    texts = [*(prompt or []), *(read_text(file, "a prompt") for file in prompt_file or [])]
+    if not texts:
+        raise TokenFormerError("generate: nothing to continue; expected --prompt TEXT or --prompt-file FILE")
+    directory = resolve_model_directory(model)
+    config = load_config(directory)
+    tokenizer = _load_tokenizer(directory, config.vocab_size)
+    prompts = [tokenizer.encode(text) or [tokenizer.eos_token_id] for text in texts]
+    context = config.max_position_embeddings
+    kept = fit_prompts(prompts, context=context, max_new_tokens=max_new_tokens, truncate=truncate_prompt)
+    _note_limits(
+        prompts, kept, new_token_limits(kept, context=context, max_new_tokens=max_new_tokens), context
+    )
+
+    from tokenformer.generation.engine import generate_stream
+    from tokenformer.models.directory import load_model
+    from tokenformer.train.device import find_device
+
+    steps = generate_stream(
+        load_model(directory, device=find_device(device)),
+        kept,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        eos_token_id=tokenizer.eos_token_id,
+        vocab_size=tokenizer.vocab_size,
+    )
+    if len(texts) == 1:
+        _print_streaming(texts[0], steps, tokenizer)
+    else:
+        _print_together(texts, steps, max_new_tokens, tokenizer)
+
+
+def _load_tokenizer(directory: Path, vocab_size: int) -> Tokenizer:
+    from tokenformer.language.tokenizers import load_tokenizer
+
+    tokenizer = load_tokenizer(directory)
+    if tokenizer.vocab_size > vocab_size:
+        raise TokenFormerError(
+            f"{directory / 'tokenizer.json'}: has {tokenizer.vocab_size} ids, but the model's vocab_size is {vocab_size}"
+        )
+    return tokenizer
+
+
+def _note_limits(prompts: list[list[int]], kept: list[list[int]], limits: list[int], context: int) -> None:
+    """Say beforehand, on standard error, what will not be as asked."""
+    for number, (prompt, rest, limit) in enumerate(zip(prompts, kept, limits, strict=True), 1):
+        if len(rest) < len(prompt):
+            print(
+                f"note: prompt {number}: only its last {len(rest)} of {len(prompt)} tokens are read",
+                file=sys.stderr,
+            )
+        if limit < max(limits) or limit + len(rest) == context:
+            print(
+                f"note: prompt {number}: at most {limit} new tokens: with its {len(rest)} they fill the model's "
+                f"context of {context}",
+                file=sys.stderr,
+            )
+
+
+def _print_streaming(prompt: str, steps: Iterator[GenerationStep], tokenizer: Tokenizer) -> None:
+    _echo_prompt(prompt)
+    stream = tokenizer.stream()
+    for step in steps:
+        token = step.tokens[0]
+        if token is not None:
+            _write(stream.add(token))
+    _write(stream.finish() + "\n")
+
+
+def _print_together(
+    prompts: list[str], steps: Iterator[GenerationStep], max_new_tokens: int, tokenizer: Tokenizer
+) -> None:
+    from tokenformer.progress import progress_bar
+
+    new: list[list[int]] = [[] for _ in prompts]
+    with progress_bar("Generating", max_new_tokens, "tokens") as bar:
+        for step in steps:
+            for ids, token in zip(new, step.tokens, strict=True):
+                if token is not None:
+                    ids.append(token)
+            bar.advance()
+    for number, (prompt, ids) in enumerate(zip(prompts, new, strict=True), 1):
+        _write(f"--- {number} of {len(prompts)} ---\n")
+        _echo_prompt(prompt)
+        _write(tokenizer.decode(ids) + "\n")
+
+
+def _echo_prompt(prompt: str) -> None:
+    """Dim on a terminal, to tell it from what the model adds."""
+    _write(typer.style(prompt, dim=True) if sys.stdout.isatty() else prompt)
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to ``app``."""
+    app.command("generate", epilog=_EXAMPLES)(generate)
