@@ -63,7 +63,7 @@ def generate(
     """Continue text. One prompt is streamed as it is written; several are printed one after another."""
     from tokenformer.files import read_text
     from tokenformer.generation.config import SamplingConfig
-    from tokenformer.generation.context import fit_prompts, new_token_limits
+    from tokenformer.generation.context import fit_prompts
     from tokenformer.models.paths import resolve_model_directory
     from tokenformer.models.registry import load_config
     from tokenformer.validation import validate
@@ -79,9 +79,7 @@ def generate(
     prompts = [tokenizer.encode(text) or [tokenizer.eos_token_id] for text in texts]
     context = config.max_position_embeddings
     kept = fit_prompts(prompts, context=context, max_new_tokens=max_new_tokens, truncate=truncate_prompt)
-    _note_limits(
-        prompts, kept, new_token_limits(kept, context=context, max_new_tokens=max_new_tokens), context
-    )
+    _note_limits(prompts, kept, max_new_tokens, context)
 
     from tokenformer.generation.engine import generate_stream
     from tokenformer.models.directory import load_model
@@ -107,20 +105,24 @@ def _load_tokenizer(directory: Path, vocab_size: int) -> Tokenizer:
     tokenizer = load_tokenizer(directory)
     if tokenizer.vocab_size > vocab_size:
         raise TokenFormerError(
-            f"{directory / 'tokenizer.json'}: has {tokenizer.vocab_size} ids, but the model's vocab_size is {vocab_size}"
+            f"{directory / 'tokenizer.json'}: has {tokenizer.vocab_size} ids, "
+            f"but the model's vocab_size is {vocab_size}"
         )
     return tokenizer
 
 
-def _note_limits(prompts: list[list[int]], kept: list[list[int]], limits: list[int], context: int) -> None:
+def _note_limits(prompts: list[list[int]], kept: list[list[int]], max_new_tokens: int, context: int) -> None:
     """Say beforehand, on standard error, what will not be as asked."""
+    from tokenformer.generation.context import new_token_limits
+
+    limits = new_token_limits(kept, context=context, max_new_tokens=max_new_tokens)
     for number, (prompt, rest, limit) in enumerate(zip(prompts, kept, limits, strict=True), 1):
         if len(rest) < len(prompt):
             print(
                 f"note: prompt {number}: only its last {len(rest)} of {len(prompt)} tokens are read",
                 file=sys.stderr,
             )
-        if limit < max(limits) or limit + len(rest) == context:
+        if limit < max_new_tokens:
             print(
                 f"note: prompt {number}: at most {limit} new tokens: with its {len(rest)} they fill the model's "
                 f"context of {context}",
@@ -134,8 +136,8 @@ def _print_streaming(prompt: str, steps: Iterator[GenerationStep], tokenizer: To
     for step in steps:
         token = step.tokens[0]
         if token is not None:
-            _write(stream.add(token))
-    _write(stream.finish() + "\n")
+            _write(_shown(stream.add(token)))
+    _write(_shown(stream.finish()) + "\n")
 
 
 def _print_together(
@@ -153,12 +155,19 @@ def _print_together(
     for number, (prompt, ids) in enumerate(zip(prompts, new, strict=True), 1):
         _write(f"--- {number} of {len(prompts)} ---\n")
         _echo_prompt(prompt)
-        _write(tokenizer.decode(ids) + "\n")
+        _write(_shown(tokenizer.decode(ids)) + "\n")
 
 
 def _echo_prompt(prompt: str) -> None:
     """Dim on a terminal, to tell it from what the model adds."""
     _write(typer.style(prompt, dim=True) if sys.stdout.isatty() else prompt)
+
+
+def _shown(text: str) -> str:
+    """Generated text; on a terminal without control characters, which could take it over."""
+    if not sys.stdout.isatty():
+        return text
+    return "".join("\ufffd" if (ord(c) < 32 and c not in "\n\t") or 127 <= ord(c) < 160 else c for c in text)
 
 
 def _write(text: str) -> None:
