@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
 
 from tokenformer.errors import TokenFormerError
 
@@ -35,19 +36,33 @@ def explain(error: ValidationError, model: type[BaseModel], source: str) -> str:
     """One line for each problem of a pydantic error, in the words of the configuration."""
     lines = []
     for problem in error.errors():
-        location = problem["loc"]
-        place = ".".join(str(part) for part in location) or "configuration"
-        kind, found = problem["type"], problem["input"]
+        location, kind, found = problem["loc"], problem["type"], problem["input"]
+        place = (
+            ".".join(_written_place(model, location, unknown_last=kind == "extra_forbidden"))
+            or "configuration"
+        )
         if kind == "extra_forbidden":
             known = known_fields(model, location[:-1])
             lines.append(f"{source}: {place}: unknown field{nearest(str(location[-1]), known)}")
         elif kind == "missing":
             lines.append(f"{source}: {place}: missing, but required")
+        elif kind == "union_tag_not_found":
+            lines.append(f"{source}: {place}.{_tag_name(problem)}: missing, but required")
+        elif kind == "union_tag_invalid":
+            context = problem["ctx"]
+            expected = f"expected {context['expected_tags']}"
+            lines.append(f"{source}: {place}.{_tag_name(problem)}: found '{context['tag']}'; {expected}")
         elif kind == "value_error":
-            lines.append(f"{source}: {place}: {problem['ctx']['error']}")
+            opening = f"{source}: {place}" if location else source
+            lines.append(f"{opening}: {problem['ctx']['error']}")
         else:
             lines.append(f"{source}: {place}: found {found!r}; {_lower_first(problem['msg'])}")
     return "\n".join(dict.fromkeys(lines))
+
+
+def _tag_name(problem: ErrorDetails) -> str:
+    """The field that chooses the member of a union; pydantic quotes it."""
+    return str(problem["ctx"]["discriminator"]).strip("'")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -61,6 +76,27 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def known_fields(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
     """Field names of the (nested) model at ``location``; union tags and list indices are stepped over."""
+    return sorted({name for current in _models_at(model, location) for name in current.model_fields})
+
+
+def _written_place(
+    model: type[BaseModel], location: tuple[int | str, ...], *, unknown_last: bool
+) -> list[str]:
+    """``location`` without the tags that pydantic puts in where it enters a union: nobody wrote those.
+
+    With ``unknown_last`` the last part is an unknown field, whatever its name.
+    """
+    written = []
+    for index, part in enumerate(location):
+        models = _models_at(model, location[:index])
+        is_field = any(part in current.model_fields for current in models)
+        is_tag = any(part in _tags(current) for current in models) and not is_field
+        if not is_tag or (unknown_last and index == len(location) - 1):
+            written.append(str(part))
+    return written
+
+
+def _models_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[type[BaseModel]]:
     models = [model]
     for part in location:
         inner = [
@@ -74,7 +110,7 @@ def known_fields(model: type[BaseModel], location: tuple[int | str, ...]) -> lis
         else:  # a list index stays where it is; the tag of a union picks the member
             tagged = [m for m in models if part in _tags(m)]
             models = tagged or models
-    return sorted({name for current in models for name in current.model_fields})
+    return models
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:

@@ -55,10 +55,15 @@ class LanguageModelingTask:
         return loss_sum(model, batch)
 
     def evaluate(
-        self, model: LanguageModel, device: torch.device | str, max_tokens: int | None = None
+        self,
+        model: LanguageModel,
+        device: torch.device | str,
+        max_tokens: int | None = None,
+        batch_size: int | None = None,
     ) -> dict[str, float]:
-        """``loss``, ``perplexity`` and ``bits_per_byte`` over validation, at most ``max_tokens`` targets."""
-        return self.score(model, device=device, max_tokens=max_tokens).metrics()
+        """``loss``, ``perplexity`` and ``bits_per_byte`` over validation, at most ``max_tokens`` targets;
+        ``batch_size`` windows at a time, which does not change the result."""
+        return self.score(model, device=device, max_tokens=max_tokens, batch_size=batch_size).metrics()
 
     def score(
         self,

@@ -1,0 +1,85 @@
+"""Where and in which precision a run computes; settings of the process are put back when it ends."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+
+from tokenformer.errors import TokenFormerError
+from tokenformer.train.sections import ParallelConfig, PrecisionConfig
+
+
+def find_device(name: str = "auto") -> torch.device:
+    """The device called ``name``; ``auto`` takes CUDA, then MPS, then the CPU.
+
+    Raises:
+        TokenFormerError: the device is not there.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise TokenFormerError(f"device: found '{name}', expected auto, cpu, cuda, cuda:N or mps") from error
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if count == 0:
+            raise TokenFormerError(f"device: '{name}' was asked for, but this machine offers no CUDA device")
+        if device.index is not None and device.index >= count:
+            raise TokenFormerError(
+                f"device: '{name}' was asked for, but there are cuda:0 to cuda:{count - 1}"
+            )
+        return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise TokenFormerError("device: 'mps' was asked for, but this machine offers no MPS device")
+    if device.type not in ("cpu", "mps"):
+        raise TokenFormerError(f"device: found '{name}', expected auto, cpu, cuda, cuda:N or mps")
+    return device
+
+
+def compute_dtype(precision: PrecisionConfig, device: torch.device) -> torch.dtype:
+    """dtype of the forward pass on ``device``.
+
+    Raises:
+        TokenFormerError: bfloat16 on MPS.
+    """
+    if precision.dtype == "auto":
+        has_bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.bfloat16 if has_bf16 else torch.float32
+    if precision.dtype == "bfloat16" and device.type == "mps":
+        raise TokenFormerError("precision.dtype: bfloat16 is not offered on mps, expected auto or float32")
+    return torch.bfloat16 if precision.dtype == "bfloat16" else torch.float32
+
+
+def autocast(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[None]:
+    """Matrix products in ``dtype``; nothing for float32."""
+    if dtype == torch.float32:
+        return nullcontext()
+    return torch.autocast(device.type, dtype=dtype)
+
+
+def wants_compile(precision: PrecisionConfig, device: torch.device) -> bool:
+    """Whether the blocks are compiled: as configured, on CUDA by itself."""
+    return device.type == "cuda" if precision.compile == "auto" else precision.compile
+
+
+@contextmanager
+def process_settings(parallel: ParallelConfig, *, deterministic: bool) -> Iterator[None]:
+    """Threads and determinism of the process for the time of a run."""
+    threads = torch.get_num_threads()
+    was_deterministic = torch.are_deterministic_algorithms_enabled()
+    if parallel.num_threads is not None:
+        torch.set_num_threads(parallel.num_threads)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(was_deterministic)

@@ -1,0 +1,134 @@
+"""The steps of one stage: update, log, evaluate, save. What is trained on is the task's affair."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import closing
+
+import torch
+
+from tokenformer.progress import ProgressBar
+from tokenformer.train.clock import TrainingClock
+from tokenformer.train.config import StageConfig
+from tokenformer.train.device import autocast
+from tokenformer.train.interrupts import StopRequest
+from tokenformer.train.metrics import MetricsLog
+from tokenformer.train.state import TrainingState
+from tokenformer.train.step import TrainStep
+from tokenformer.train.window import MetricsWindow
+
+
+class StageLoop:
+    """Runs one stage from ``state`` to its end, or to a stop request.
+
+    ``save`` writes a checkpoint of a state; it is called when one is due, at the end of the stage and on a
+    stop request. ``say`` prints a line for the user.
+    """
+
+    def __init__(
+        self,
+        step: TrainStep,
+        stage: StageConfig,
+        state: TrainingState,
+        *,
+        metrics: MetricsLog,
+        save: Callable[[TrainingState], None],
+        say: Callable[[str], None],
+        request: StopRequest,
+    ) -> None:
+        self.step = step
+        self.stage = stage
+        self.state = state
+        self._metrics = metrics
+        self._save = save
+        self._say = say
+        self._request = request
+        self._clock = TrainingClock(step.device, state.seconds)
+        self._window = MetricsWindow(step.device)
+        self._window_start = state.seconds
+        self._unsaved_steps = 0
+        self._flops_per_step = stage.data.batch_tokens * step.model.config.flops_per_token(
+            stage.data.sequence_length
+        )
+
+    def run(self, bar: ProgressBar | None) -> TrainingState:
+        """Train to the end of the stage, or until asked to stop; everything due is done and saved by then.
+
+        Raises:
+            TokenFormerError: several updates in a row were not finite, or the disk refuses.
+        """
+        data = self.stage.data
+        batches = self.step.task.batches(self.state.next_sample, data.sequences_per_forward)
+        with closing(batches):  # type: ignore[type-var]
+            while self.state.stage_step < self.stage.steps and self._request.signal_number is None:
+                result = self.step(batches, self.state.stage_step)
+                self._window.add(result)
+                self._advance()
+                self._do_what_is_due()
+                if bar is not None:
+                    bar.advance(data.batch_tokens)
+                    bar.note(f"loss {self._metrics.latest.get('loss', float('nan')):.3f}")
+            if self._unsaved_steps:  # asked to stop between the last look and now
+                self._write_checkpoint()
+        return self.state
+
+    def _advance(self) -> None:
+        data = self.stage.data
+        self._unsaved_steps += 1
+        self.state = self.state.model_copy(
+            update={
+                "step": self.state.step + 1,
+                "stage_step": self.state.stage_step + 1,
+                "tokens": self.state.tokens + data.batch_tokens,
+                "flops": self.state.flops + self._flops_per_step,
+                "next_sample": self.state.next_sample + data.sequences_per_step,
+            }
+        )
+
+    def _do_what_is_due(self) -> None:
+        step, last = self.state.step, self.state.stage_step == self.stage.steps
+        log = last or step % self.stage.logging.every_steps == 0
+        if log or self.step.device.type == "cpu":
+            self._window.check(step)
+        if log:
+            self._log()
+        if last or _due(step, self.stage.evaluation.every_steps):
+            with self._clock.paused():
+                self._evaluate()
+        if last or _due(step, self.stage.checkpoint.every_steps) or self._request.signal_number is not None:
+            self._write_checkpoint()
+
+    def _write_checkpoint(self) -> None:
+        self._count_skipped()
+        with self._clock.paused():
+            self._save(self.state)
+        self._unsaved_steps = 0
+
+    def _log(self) -> None:
+        steps = self._window.steps
+        values = self._window.read()  # waits for the device, so the time is that of finished work
+        self._count_skipped()
+        elapsed = self.state.seconds - self._window_start
+        self._window_start = self.state.seconds
+        values["lr"] = self.step.learning_rate(self.state.stage_step - 1)
+        values["tokens_per_second"] = round(steps * self.stage.data.batch_tokens / max(elapsed, 1e-9), 1)
+        if self.state.skipped_steps:
+            values["skipped_steps"] = self.state.skipped_steps
+        self._metrics.write(self.state, values)
+
+    def _count_skipped(self) -> None:
+        skipped = self.state.skipped_steps + self._window.take_skipped()
+        self.state = self.state.model_copy(update={"skipped_steps": skipped, "seconds": self._clock.read()})
+
+    def _evaluate(self) -> None:
+        model, config = self.step.model, self.stage.evaluation
+        with torch.no_grad(), autocast(self.step.dtype, self.step.device):
+            values = self.step.task.evaluate(model, self.step.device, config.max_tokens, config.batch_size)
+        model.train()
+        self._metrics.write(self.state, {f"val_{name}": value for name, value in values.items()})
+        found = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in values.items())
+        self._say(f"{self.stage.name}, step {self.state.step}: validation {found}")
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0

@@ -1,0 +1,112 @@
+"""Metrics of a run: one JSON line each in ``metrics.jsonl``, and TensorBoard events beside it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from tokenformer.errors import TokenFormerError
+from tokenformer.files import read_text, write_text
+from tokenformer.train.state import TrainingState
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+METRICS_FILE = "metrics.jsonl"
+
+
+def read_metrics(run: Path | str) -> list[dict[str, Any]]:
+    """The lines of a run's ``metrics.jsonl``, in order; a last line cut off by a crash is left out.
+
+    Raises:
+        TokenFormerError: the file is missing, or a line is no JSON object.
+    """
+    path = Path(run) / METRICS_FILE
+    lines = read_text(path, "the metrics of a run").splitlines(keepends=True)
+    return [
+        _parse(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.endswith("\n")
+    ]
+
+
+def latest_values(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """The newest value of every metric, the counters left out."""
+    latest: dict[str, Any] = {}
+    for record in records:
+        latest.update(record)
+    return {name: value for name, value in latest.items() if name not in TrainingState().counters()}
+
+
+def _parse(line: str, place: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise TokenFormerError(f"{place}: invalid JSON ({error.msg})") from error
+    if not isinstance(record, dict):
+        raise TokenFormerError(f"{place}: found {line.strip()[:40]}, expected a JSON object")
+    return record
+
+
+def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN or infinity: they become null."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in values.items()
+    }
+
+
+class MetricsLog:
+    """Appends metrics; on going on from a checkpoint, lines written after it are dropped first.
+
+    ``latest`` holds the newest value of every metric.
+    """
+
+    def __init__(self, run: Path, *, tensorboard: bool, after: TrainingState | None = None) -> None:
+        self.path = run / METRICS_FILE
+        self.latest: dict[str, Any] = {}
+        if after is not None and self.path.exists():
+            self._drop_later_than(run, after)
+        self._file = self.path.open("a", encoding="utf-8")
+        self._writer: SummaryWriter | None = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            purge_step = None if after is None else after.step + 1
+            self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=purge_step)
+
+    def write(self, state: TrainingState, values: Mapping[str, Any]) -> None:
+        """Append one line: the counters of ``state``, then ``values`` (numbers go to TensorBoard too).
+
+        Raises:
+            TokenFormerError: the disk refuses.
+        """
+        try:
+            self._file.write(json.dumps({**state.counters(), **_finite(values)}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise TokenFormerError(
+                f"{self.path}: could not be written ({error.strerror or error})"
+            ) from error
+        self.latest.update(values)
+        if self._writer is not None:
+            for name, value in values.items():
+                if isinstance(value, int | float):
+                    self._writer.add_scalar(name, value, state.step)
+
+    def _drop_later_than(self, run: Path, after: TrainingState) -> None:
+        kept = [r for r in read_metrics(run) if r["step"] <= after.step and r["stage"] <= after.stage]
+        write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
+        self.latest = latest_values(kept)
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._file.close()
+        if self._writer is not None:
+            self._writer.close()

@@ -1,0 +1,141 @@
+"""AdamW over named parameters: which decay, at which learning rate, which are frozen; moments in and out by name."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from tokenformer.errors import TokenFormerError
+from tokenformer.models.base import LanguageModel
+from tokenformer.train.sections import OptimizerConfig
+from tokenformer.validation import nearest
+
+Moments = dict[str, dict[str, Tensor]]
+"""By parameter name: ``exp_avg``, ``exp_avg_sq`` (shaped as the parameter), ``step`` (float32, no dimensions)."""
+
+_GROUP_SUFFIX = re.compile(r"(?:key_tokens|value_tokens)\.(\d+)$")
+_STATE_KEYS = ("exp_avg", "exp_avg_sq", "step")
+
+
+def growth_group(parameter_name: str) -> int | None:
+    """The group g of parameter tokens that a parameter holds, None for any other parameter."""
+    match = _GROUP_SUFFIX.search(parameter_name)
+    return int(match.group(1)) if match else None
+
+
+def check_roles_and_groups(
+    config: OptimizerConfig, model: LanguageModel, num_groups: int, place: str
+) -> None:
+    """Refuse multipliers and frozen names that match nothing in a model with ``num_groups`` growth groups.
+
+    Raises:
+        TokenFormerError: an unknown role or group, with what there is.
+    """
+    roles = {model.role_of(name) for name, _ in model.named_parameters()}
+    for key in [*config.lr_multipliers, *config.frozen_roles]:
+        field = "lr_multipliers" if key in config.lr_multipliers else "frozen_roles"
+        if not key.startswith("group:") and key not in roles:
+            raise TokenFormerError(f"{place}.{field}: '{key}' is no role of this model{nearest(key, roles)}")
+    groups = [
+        (f"lr_multipliers: '{key}'", int(key[6:]))
+        for key in config.lr_multipliers
+        if key.startswith("group:")
+    ]
+    groups += [(f"frozen_groups: {group}", group) for group in config.frozen_groups]
+    for found, group in groups:
+        if group >= num_groups:
+            raise TokenFormerError(
+                f"{place}.{found}: expected a group from 0 to {num_groups - 1} at this stage"
+            )
+
+
+def build_optimizer(model: LanguageModel, config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW whose groups carry ``lr_multiplier``; frozen parameters no longer require gradients and are left out.
+
+    Weight decay acts on every parameter with two or more dimensions that is no norm's.
+
+    Raises:
+        TokenFormerError: everything is frozen.
+    """
+    groups: defaultdict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
+    for name, parameter in model.named_parameters():
+        role, group = model.role_of(name), growth_group(name)
+        frozen = role in config.frozen_roles or group in config.frozen_groups
+        parameter.requires_grad_(not frozen)
+        if frozen:
+            parameter.grad = None
+            continue
+        multiplier = config.lr_multipliers.get(role, 1.0) * config.lr_multipliers.get(f"group:{group}", 1.0)
+        decay = config.weight_decay if parameter.ndim >= 2 and role != "norm" else 0.0
+        groups[decay, multiplier].append(parameter)
+    if not groups:
+        raise TokenFormerError("optimizer: frozen_groups and frozen_roles leave nothing to train")
+    return torch.optim.AdamW(
+        [
+            {"params": parameters, "weight_decay": decay, "lr_multiplier": multiplier}
+            for (decay, multiplier), parameters in groups.items()
+        ],
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        fused=True,
+    )
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give each group ``lr`` times its multiplier."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_multiplier"]
+
+
+def trained_parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """Every parameter the optimiser updates."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> Moments:
+    """The optimiser's moments by parameter name; parameters without moments yet are absent.
+
+    The tensors are the optimiser's own, not copies.
+    """
+    return {
+        name: {key: optimizer.state[parameter][key] for key in _STATE_KEYS}
+        for name, parameter in model.named_parameters()
+        if optimizer.state.get(parameter)
+    }
+
+
+def load_named_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, moments: Mapping[str, Mapping[str, Tensor]]
+) -> None:
+    """Copy ``moments`` into the optimiser. A parameter that is absent starts at step 0; moments of a frozen
+    parameter are kept for the stage that trains it again.
+
+    Raises:
+        TokenFormerError: a name that the model does not have, a missing entry or another shape.
+    """
+    parameters = dict(model.named_parameters())
+    _refuse_unknown(moments, parameters)
+    for name, entry in moments.items():
+        parameter = parameters[name]
+        for key in _STATE_KEYS:
+            expected = torch.Size() if key == "step" else parameter.shape
+            if key not in entry or entry[key].shape != expected:
+                found = tuple(entry[key].shape) if key in entry else "nothing"
+                raise TokenFormerError(
+                    f"optimiser state of {name}: {key}: found {found}, expected {tuple(expected)}"
+                )
+        optimizer.state[parameter] = {
+            key: entry[key].detach().to(device=parameter.device, dtype=torch.float32, copy=True)
+            for key in _STATE_KEYS
+        }
+
+
+def _refuse_unknown(names: Iterable[str], parameters: Mapping[str, nn.Parameter]) -> None:
+    unknown = sorted(set(names) - set(parameters))
+    if unknown:
+        raise TokenFormerError(f"optimiser state of {unknown[0]}: the model has no such parameter")

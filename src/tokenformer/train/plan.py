@@ -1,0 +1,96 @@
+"""Everything that is checked before a run starts: device, output, data, and each model along the ladder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from tokenformer.language.data_directory import DataDirectory
+from tokenformer.language.task import LanguageModelingTask
+from tokenformer.language.tokenizers import Tokenizer, load_tokenizer
+from tokenformer.models.base import LanguageModel
+from tokenformer.models.config import DecoderConfig
+from tokenformer.models.registry import load_config
+from tokenformer.train.config import RunConfig, StageConfig
+from tokenformer.train.device import compute_dtype, find_device
+from tokenformer.train.ladder import model_configs, num_growth_groups
+from tokenformer.train.optimizer import check_roles_and_groups
+from tokenformer.train.sections import DataConfig
+from tokenformer.train.start import (
+    find_resume_point,
+    initial_config,
+    initial_tokenizer,
+    require_same_model,
+)
+from tokenformer.train.state import read_state
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """A run that may start. ``tasks`` belong to ``stages``; ``models`` to the stages from ``first_stage`` on."""
+
+    config: RunConfig
+    out: Path
+    device: torch.device
+    stages: list[StageConfig]
+    tasks: list[LanguageModelingTask]
+    models: list[DecoderConfig]
+    first_stage: int
+    resume_from: Path | None
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the data, the same in all stages."""
+        return self.tasks[-1].data.tokenizer
+
+
+def make_plan(config: RunConfig, out: Path, *, resume: bool) -> RunPlan:
+    """Check a run without building its model; nothing is written.
+
+    Raises:
+        TokenFormerError: whatever would stop the run later: an unreachable device, an output that holds something
+            else, another configuration than the checkpoint's, unusable data, another tokenizer, sizes that cannot be.
+    """
+    stages = config.resolve()
+    device = find_device(config.parallel.device)
+    for stage in stages:
+        compute_dtype(stage.precision, device)
+    resume_from = find_resume_point(out, config, resume=resume)
+    initial, first = initial_config(config) if resume_from is None else load_config(resume_from), 0
+    if resume_from is not None:
+        first = read_state(resume_from).stage
+        if config.model is not None:
+            require_same_model(initial, model_configs(config.model, stages)[first], resume_from)
+    models = model_configs(initial, stages, first=first)
+    tasks = _open_tasks([stage.data for stage in stages])
+    tokenizer = initial_tokenizer(config) if resume_from is None else load_tokenizer(resume_from)
+    for task, model in zip(tasks[first:], models, strict=True):
+        task.check_model(model, tokenizer.sha256 if tokenizer is not None else None)
+        task.check_model(model, tasks[-1].data.tokenizer.sha256)  # one tokenizer up the whole ladder
+    return RunPlan(config, out, device, stages, tasks, models, first, resume_from)
+
+
+def check_optimizers(plan: RunPlan, model: LanguageModel) -> None:
+    """Check the roles and groups that the stages name against the models they will meet.
+
+    Raises:
+        TokenFormerError: a role or group that is not there.
+    """
+    for index, config in enumerate(plan.models, plan.first_stage):
+        place = "optimizer" if plan.config.stages is None else f"stages.{index}.optimizer"
+        check_roles_and_groups(plan.stages[index].optimizer, model, num_growth_groups(config), place)
+
+
+def _open_tasks(sections: list[DataConfig]) -> list[LanguageModelingTask]:
+    directories = {
+        path: DataDirectory.open(path) for path in dict.fromkeys(section.path for section in sections)
+    }
+    tasks: dict[tuple[str, int, int], LanguageModelingTask] = {}
+    for section in sections:
+        if section.stream not in tasks:
+            tasks[section.stream] = LanguageModelingTask(
+                directories[section.path], section.sequence_length, section.seed
+            )
+    return [tasks[section.stream] for section in sections]

@@ -1,0 +1,224 @@
+"""A whole run: everything checked first, then stage after stage up the ladder."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tokenformer.errors import TokenFormerError
+from tokenformer.files import write_text
+from tokenformer.models.base import LanguageModel
+from tokenformer.models.card import model_card
+from tokenformer.models.directory import save_model
+from tokenformer.progress import progress_bar, short_number
+from tokenformer.train.card import training_facts
+from tokenformer.train.checkpoint import (
+    TrainingCheckpoint,
+    checkpoint_path,
+    list_checkpoints,
+    prune_checkpoints,
+    restore_rng,
+    rng_state,
+    write_checkpoint,
+)
+from tokenformer.train.config import RunConfig
+from tokenformer.train.device import process_settings, wants_compile
+from tokenformer.train.interrupts import RunInterrupted, StopRequest, stop_requests
+from tokenformer.train.loop import StageLoop
+from tokenformer.train.metrics import METRICS_FILE, MetricsLog, latest_values, read_metrics
+from tokenformer.train.optimizer import Moments, load_named_state, named_state
+from tokenformer.train.plan import RunPlan, check_optimizers, make_plan
+from tokenformer.train.rung import grow_for_stage
+from tokenformer.train.start import CONFIG_FILE, RunStart, begin, go_on
+from tokenformer.train.state import TrainingState
+from tokenformer.train.step import TrainStep
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A finished run. ``metrics`` holds the newest value of each metric: ``loss``, ``val_loss``,
+    ``val_bits_per_byte``, ...; ``model`` and ``checkpoint`` are directories."""
+
+    out: Path
+    model: Path
+    checkpoint: Path
+    state: TrainingState
+    metrics: dict[str, Any]
+
+
+def train(config: RunConfig, out: Path | str, *, resume: bool = False, quiet: bool = False) -> RunResult:
+    """Train as ``config`` says and write the run directory ``out``.
+
+    With ``resume`` the run goes on from its newest checkpoint, or starts where there is none; on a CPU the result
+    is bit for bit that of a run that was never interrupted.
+
+    Raises:
+        TokenFormerError: anything the user can put right; nothing is written for what is found before the start.
+        RunInterrupted: (a ``KeyboardInterrupt``) SIGINT or SIGTERM came; the checkpoint is written.
+    """
+    plan = make_plan(config, Path(out), resume=resume)
+    deterministic = any(stage.precision.deterministic for stage in plan.stages)
+    cuda = [plan.device] if plan.device.type == "cuda" else []
+    with (
+        process_settings(config.parallel, deterministic=deterministic),
+        torch.random.fork_rng(devices=cuda),
+        stop_requests() as request,
+    ):
+        return _Run(
+            plan, request, (lambda text: None) if quiet else partial(print, flush=True), quiet
+        ).execute()
+
+
+class _Run:
+    def __init__(self, plan: RunPlan, request: StopRequest, say: Callable[[str], None], quiet: bool) -> None:
+        self.plan = plan
+        self.request = request
+        self.say = say
+        self.quiet = quiet
+        self.config_text = plan.config.to_yaml()
+
+    def execute(self) -> RunResult:
+        plan = self.plan
+        start = begin(plan.config) if plan.resume_from is None else go_on(plan.resume_from)
+        check_optimizers(plan, start.model)
+        self._open_run_directory()
+        if self._is_finished(start.state):
+            return self._finish_again(start)
+        with MetricsLog(
+            plan.out,
+            tensorboard=plan.stages[0].logging.tensorboard,
+            after=start.state if plan.resume_from is not None else None,
+        ) as metrics:
+            self._announce(start)
+            return self._climb(start, metrics)
+
+    def _finish_again(self, start: RunStart) -> RunResult:
+        """What is left of a finished run: the export, if the run was stopped just before it."""
+        self.say(f"{self.plan.out}: this run is finished (step {start.state.step}); nothing is left to do")
+        latest = latest_values(read_metrics(self.plan.out))
+        if not self._export_is_current():
+            self._export(start.model, start.state, latest)
+        return self._result(start.state, latest)
+
+    def _open_run_directory(self) -> None:
+        out = self.plan.out
+        if self.plan.resume_from is None:
+            (out / METRICS_FILE).unlink(missing_ok=True)  # of a run that ended before its first checkpoint
+        write_text(out / CONFIG_FILE, self.config_text)
+
+    def _climb(self, start: RunStart, metrics: MetricsLog) -> RunResult:
+        torch.manual_seed(self.plan.config.seed)
+        restore_rng(start.rng, self.plan.device)
+        model, moments, state = start.model.to(self.plan.device), start.moments, start.state
+        for index in range(state.stage, len(self.plan.stages)):
+            state = self._enter(index, state)
+            if state.stage_step == self.plan.stages[index].steps:
+                continue
+            model, moments, state = self._run_stage(index, model, moments, state, metrics)
+            if self.request.signal_number is not None:
+                raise self._interruption(state)
+            self._export(model, state, metrics.latest)
+        self.say(f"model: {self.plan.out / 'model'}")
+        return self._result(state, metrics.latest)
+
+    def _enter(self, index: int, state: TrainingState) -> TrainingState:
+        """``state`` as stage ``index`` sees it; another data order begins at its first sample."""
+        if index == state.stage:
+            return state
+        same = self.plan.stages[index].data.stream == self.plan.stages[state.stage].data.stream
+        changed = {"stage": index, "stage_step": 0, "next_sample": state.next_sample if same else 0}
+        return state.model_copy(update=changed)
+
+    def _run_stage(
+        self, index: int, model: LanguageModel, moments: Moments, state: TrainingState, metrics: MetricsLog
+    ) -> tuple[LanguageModel, Moments, TrainingState]:
+        stage, task, device = self.plan.stages[index], self.plan.tasks[index], self.plan.device
+        if stage.grow is not None and state.stage_step == 0:
+            rung = grow_for_stage(model, moments, stage, task, state, self.plan.config.seed, device)
+            self.say(f"{stage.name}: {rung.describe()}")
+            metrics.write(state, {"parameters": rung.parameters, "logit_change": rung.logit_change})
+            model, moments = rung.model, rung.moments
+        model.train()
+        if wants_compile(stage.precision, device):
+            torch.compiler.reset()  # each stage has its own shapes; old ones would use up the recompile limit
+            for block in model.blocks:
+                block.compile(dynamic=False)
+        step = TrainStep(model, task, stage, device)
+        load_named_state(model, step.optimizer, moments)
+        loop = StageLoop(
+            step,
+            stage,
+            state,
+            metrics=metrics,
+            save=partial(self._save, model, step.optimizer, stage.checkpoint.keep_last),
+            say=self.say,
+            request=self.request,
+        )
+        total, done = (count * stage.data.batch_tokens for count in (stage.steps, state.stage_step))
+        shown = nullcontext() if self.quiet else progress_bar(stage.name, total, "tokens", done=done)
+        with shown as bar:
+            state = loop.run(bar)
+        return model, named_state(model, step.optimizer), state
+
+    def _save(
+        self, model: LanguageModel, optimizer: torch.optim.Optimizer, keep_last: int, state: TrainingState
+    ) -> None:
+        checkpoint = TrainingCheckpoint(
+            model=model,
+            moments=named_state(model, optimizer),
+            state=state,
+            tokenizer=self.plan.tokenizer,
+            run_config=self.config_text,
+            rng=rng_state(self.plan.device),
+        )
+        try:
+            write_checkpoint(checkpoint_path(self.plan.out, state.step), checkpoint)
+        except TokenFormerError as error:
+            former = list_checkpoints(self.plan.out)
+            advice = (
+                f"{former[-1]} is whole: go on from it with --resume" if former else "there is none before it"
+            )
+            raise TokenFormerError(f"{error}; {advice}") from error
+        prune_checkpoints(self.plan.out, keep_last)
+
+    def _export(self, model: LanguageModel, state: TrainingState, latest: Mapping[str, Any]) -> None:
+        info = self.plan.tasks[state.stage].data.info
+        facts = training_facts(info, self.plan.stages, state, latest)
+        card = model_card(model.config, facts)
+        save_model(model, self.plan.out / "model", card=card, tokenizer=self.plan.tokenizer, replace=True)
+
+    def _export_is_current(self) -> bool:
+        exported, saved = self.plan.out / "model" / "config.json", list_checkpoints(self.plan.out)[-1]
+        return exported.is_file() and exported.stat().st_mtime >= (saved / "config.json").stat().st_mtime
+
+    def _is_finished(self, state: TrainingState) -> bool:
+        return state.stage == len(self.plan.stages) - 1 and state.stage_step >= self.plan.stages[-1].steps
+
+    def _result(self, state: TrainingState, latest: Mapping[str, Any]) -> RunResult:
+        out = self.plan.out
+        return RunResult(out, out / "model", checkpoint_path(out, state.step), state, dict(latest))
+
+    def _interruption(self, state: TrainingState) -> RunInterrupted:
+        assert self.request.signal_number is not None
+        name = signal.Signals(self.request.signal_number).name
+        saved = list_checkpoints(self.plan.out)
+        where = f"checkpoint: {saved[-1]}; go on" if saved else "nothing was learned yet; start again"
+        return RunInterrupted(
+            self.request.signal_number, f"stopped by {name} after step {state.step}; {where} with --resume"
+        )
+
+    def _announce(self, start: RunStart) -> None:
+        model, state = start.model, start.state
+        parameters = short_number(model.config.num_parameters())
+        opening = "goes on" if self.plan.resume_from is not None else "starts"
+        self.say(
+            f"{self.plan.out}: {opening} at step {state.step} with {model.config.class_name}, {parameters} parameters, "
+            f"on {self.plan.device}"
+        )

@@ -1,0 +1,155 @@
+"""The sections of a run configuration. No torch here; each field's default is the published training setup
+(arXiv 2410.23168) where that has one."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from tokenformer.models.config import PositiveFloat, PositiveInt
+from tokenformer.validation import StrictModel
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+
+
+class DataConfig(StrictModel):
+    """What is trained on. ``path`` is a data directory, relative to the current directory.
+
+    ``batch_tokens`` is the global batch of one optimiser step; ``micro_batch_size`` is how many sequences go
+    through the model at once (null: all of them), from which gradient accumulation follows.
+    """
+
+    path: str
+    sequence_length: PositiveInt
+    batch_tokens: PositiveInt
+    micro_batch_size: PositiveInt | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+
+    @model_validator(mode="after")
+    def _check_batch(self) -> DataConfig:
+        if self.batch_tokens % self.sequence_length:
+            raise ValueError(
+                f"batch_tokens {self.batch_tokens} is not a multiple of sequence_length {self.sequence_length}"
+            )
+        if self.sequences_per_step % self.sequences_per_forward:
+            raise ValueError(
+                f"micro_batch_size {self.micro_batch_size} does not divide the {self.sequences_per_step} "
+                "sequences of a step (batch_tokens / sequence_length)"
+            )
+        return self
+
+    @property
+    def sequences_per_step(self) -> int:
+        return self.batch_tokens // self.sequence_length
+
+    @property
+    def sequences_per_forward(self) -> int:
+        return self.micro_batch_size or self.sequences_per_step
+
+    @property
+    def accumulation(self) -> int:
+        """Forward and backward passes of one optimiser step."""
+        return self.sequences_per_step // self.sequences_per_forward
+
+    @property
+    def stream(self) -> tuple[str, int, int]:
+        """What the order of samples depends on; a sample index means the same only within one stream."""
+        return self.path, self.sequence_length, self.seed
+
+
+class DataOverrides(StrictModel):
+    """The data fields that a stage may change; a field left out is inherited."""
+
+    path: str | None = None
+    sequence_length: PositiveInt | None = None
+    batch_tokens: PositiveInt | None = None
+    micro_batch_size: PositiveInt | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**32)] | None = None
+
+
+class OptimizerConfig(StrictModel):
+    """AdamW. ``lr_multipliers`` scales the learning rate of a role (``embedding``, ``norm``, ``qkv``, ...) or of a
+    growth group (``"group:1"``, 0 is the oldest); both apply where both match. Frozen groups and roles stay
+    bit-identical."""
+
+    name: Literal["adamw"] = "adamw"
+    lr: PositiveFloat = 6e-4
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    eps: PositiveFloat = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    grad_clip: PositiveFloat | None = 1.0
+    lr_multipliers: Annotated[dict[str, PositiveFloat], Field(default_factory=dict)]
+    frozen_groups: tuple[NonNegativeInt, ...] = ()
+    frozen_roles: tuple[str, ...] = ()
+
+    @field_validator("lr_multipliers")
+    @classmethod
+    def _check_keys(cls, multipliers: dict[str, float]) -> dict[str, float]:
+        for key in multipliers:
+            if key.startswith("group") and not re.fullmatch(r"group:\d+", key):
+                raise ValueError(f"found '{key}', expected a role or 'group:K' with K a number from 0")
+        return multipliers
+
+
+class ScheduleConfig(StrictModel):
+    """How the learning rate moves over one stage, as a factor of ``optimizer.lr``.
+
+    Linear warm-up over ``warmup_steps`` (or ``warmup_fraction`` of the stage), then ``cosine`` or ``linear`` down
+    to ``final_lr_fraction``; ``wsd`` stays at the peak and goes down linearly over the last ``decay_fraction`` of the
+    stage; ``constant`` stays.
+    """
+
+    name: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
+    warmup_steps: NonNegativeInt | None = None
+    warmup_fraction: Fraction = 0.01
+    final_lr_fraction: Fraction = 0.1
+    decay_fraction: Fraction = 0.2
+
+
+class PrecisionConfig(StrictModel):
+    """``dtype`` of the forward pass (weights and moments stay float32); ``auto`` is bfloat16 autocast on CUDA
+    hardware that has it, else float32. ``compile: auto`` compiles the blocks on CUDA."""
+
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    compile: Literal["auto", True, False] = "auto"
+    deterministic: bool = False
+
+
+class ParallelConfig(StrictModel):
+    """Where the run computes. ``num_threads``: CPU threads of torch, null for its own choice."""
+
+    device: str = "auto"
+    num_threads: PositiveInt | None = None
+
+    @field_validator("device")
+    @classmethod
+    def _check_device(cls, device: str) -> str:
+        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device):
+            raise ValueError(f"found '{device}', expected auto, cpu, cuda, cuda:N or mps")
+        return device
+
+
+class CheckpointConfig(StrictModel):
+    """A checkpoint every so many steps (null: at the end of each stage and on interruption only)."""
+
+    every_steps: PositiveInt | None = 1000
+    keep_last: PositiveInt = 2
+
+
+class EvaluationConfig(StrictModel):
+    """Validation every so many steps (null: at the end of each stage only), on at most ``max_tokens`` (null:
+    the whole split), ``batch_size`` sequences at a time (null: as many as are convenient)."""
+
+    every_steps: PositiveInt | None = 500
+    max_tokens: PositiveInt | None = None
+    batch_size: PositiveInt | None = None
+
+
+class LoggingConfig(StrictModel):
+    """A line in metrics.jsonl every so many steps; TensorBoard events beside it."""
+
+    every_steps: PositiveInt = 10
+    tensorboard: bool = True

@@ -1,0 +1,154 @@
+"""Where a run begins: fresh weights, a model directory, a checkpoint, or its own newest checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tokenformer.errors import TokenFormerError
+from tokenformer.files import require_free
+from tokenformer.language.tokenizers import Tokenizer, load_tokenizer
+from tokenformer.models.base import LanguageModel
+from tokenformer.models.config import DecoderConfig
+from tokenformer.models.directory import load_model
+from tokenformer.models.paths import resolve_model_directory
+from tokenformer.models.registry import build_model, load_config
+from tokenformer.train.checkpoint import (
+    TrainingCheckpoint,
+    list_checkpoints,
+    read_checkpoint,
+    read_run_config,
+)
+from tokenformer.train.compare import require_same_run
+from tokenformer.train.config import RunConfig, parse_run_config
+from tokenformer.train.optimizer import Moments
+from tokenformer.train.state import TrainingState, is_checkpoint
+
+CONFIG_FILE = "config.yaml"
+
+
+@dataclass
+class RunStart:
+    """A model on the CPU with the moments and counters it goes on from."""
+
+    model: LanguageModel
+    moments: Moments = field(default_factory=dict)
+    state: TrainingState = field(default_factory=TrainingState)
+    rng: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def find_resume_point(out: Path, config: RunConfig, *, resume: bool) -> Path | None:
+    """The checkpoint to go on from, None to start; reads no tensors.
+
+    Raises:
+        TokenFormerError: ``out`` holds a run and ``resume`` is false, or something that is no run; or the run's
+            checkpoint was made with another configuration.
+    """
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return None
+    is_run = (out / CONFIG_FILE).is_file()
+    if resume and is_run:
+        checkpoints = list_checkpoints(out)
+        if not checkpoints:
+            return None
+        text = read_run_config(checkpoints[-1])
+        if text is None:
+            raise TokenFormerError(
+                f"{checkpoints[-1]}: does not say which run wrote it; name it in init_from instead"
+            )
+        require_same_run(parse_run_config(text, source=str(checkpoints[-1])), config, str(checkpoints[-1]))
+        return checkpoints[-1]
+    if is_run:
+        raise TokenFormerError(f"{out}: a run is already there; go on with --resume, or name another --out")
+    require_free(out)
+    return None
+
+
+def initial_config(config: RunConfig) -> DecoderConfig:
+    """Configuration of the model that the run begins with; reads no tensors.
+
+    Raises:
+        TokenFormerError: ``init_from`` is neither a model directory nor a checkpoint.
+    """
+    return config.model if config.model is not None else load_config(_source(config))
+
+
+def initial_tokenizer(config: RunConfig) -> Tokenizer | None:
+    """The tokenizer that came with ``init_from``, None where there is none."""
+    if config.init_from is None:
+        return None
+    source = _source(config)
+    return load_tokenizer(source) if (source / "tokenizer.json").is_file() else None
+
+
+def begin(config: RunConfig) -> RunStart:
+    """The start of a new run. From a checkpoint, moments and counters carry on, the position in the data too where
+    it is the same data in the same order; stages are counted anew. From a model directory only the weights come."""
+    state = TrainingState(seed=config.seed, data_seed=config.data.seed)
+    if config.model is not None:
+        return RunStart(build_model(config.model, seed=config.seed), state=state)
+    source = _source(config)
+    if not is_checkpoint(source):
+        model = load_model(source, dtype=torch.float32)
+        for parameter in model.parameters():  # mapped from the file: a copy of its own, aligned as any other
+            parameter.data = parameter.data.clone()
+        return RunStart(model, state=state)
+    checkpoint = read_checkpoint(source)
+    changed = {"stage": 0, "stage_step": 0, "seed": config.seed, "data_seed": config.data.seed}
+    if not _same_stream(checkpoint, config, source):
+        changed["next_sample"] = 0
+    return RunStart(
+        checkpoint.model, checkpoint.moments, checkpoint.state.model_copy(update=changed), checkpoint.rng
+    )
+
+
+def go_on(path: Path) -> RunStart:
+    """The start of a resumed run, from its checkpoint ``path``.
+
+    Raises:
+        TokenFormerError: a damaged checkpoint.
+    """
+    checkpoint = read_checkpoint(path)
+    return RunStart(checkpoint.model, checkpoint.moments, checkpoint.state, checkpoint.rng)
+
+
+def require_same_model(found: DecoderConfig, expected: DecoderConfig, path: Path) -> None:
+    """Refuse a checkpoint of another model; what growth records of its past (history) does not count.
+
+    Raises:
+        TokenFormerError: names each field that differs.
+    """
+    before, now = (config.model_dump(mode="json", exclude={"growth_history"}) for config in (found, expected))
+    differing = [
+        f"{name}: {before.get(name)!r} in the checkpoint, {now.get(name)!r} expected"
+        for name in dict.fromkeys([*before, *now])
+        if before.get(name) != now.get(name)
+    ]
+    if differing:
+        raise TokenFormerError(f"{path}: a checkpoint of another model: " + "; ".join(differing))
+
+
+def _same_stream(checkpoint: TrainingCheckpoint, config: RunConfig, source: Path) -> bool:
+    """Whether the checkpoint's position in the data means something in the new run's first stage."""
+    if checkpoint.run_config is None:
+        return True
+    former = parse_run_config(checkpoint.run_config, source=str(source)).resolve()
+    stage = min(checkpoint.state.stage, len(former) - 1)
+    return former[stage].data.stream == config.resolve()[0].data.stream
+
+
+def _source(config: RunConfig) -> Path:
+    assert config.init_from is not None
+    path = Path(config.init_from)
+    if is_checkpoint(path):
+        return path
+    try:
+        return resolve_model_directory(path)
+    except TokenFormerError as error:
+        raise TokenFormerError(
+            f"init_from: {error}, or a training checkpoint (RUN/checkpoints/step-...)"
+        ) from error

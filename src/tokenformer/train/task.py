@@ -1,0 +1,39 @@
+"""What the training loop knows of a modality: batches, loss, evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from tokenformer.models.base import LanguageModel
+
+
+class LossSum(Protocol):
+    """A differentiable sum of losses in nats (float32) and the number of targets it is over."""
+
+    @property
+    def nats(self) -> Tensor: ...
+
+    @property
+    def count(self) -> int | Tensor: ...
+
+
+class Task(Protocol):
+    """A source of batches and the loss over them; batches are NamedTuples of CPU tensors."""
+
+    def batches(self, start_sample: int, sequences: int) -> Iterator[Any]:
+        """Endless batches of ``sequences`` samples, from the global sample index ``start_sample`` on."""
+        ...
+
+    def loss(self, model: LanguageModel, batch: Any) -> LossSum:
+        """Loss of a batch that lies on the model's device."""
+        ...
+
+    def evaluate(
+        self, model: LanguageModel, device: torch.device, max_tokens: int | None, batch_size: int | None
+    ) -> dict[str, float]:
+        """Loss and what follows from it over the validation samples, at most ``max_tokens`` targets."""
+        ...

@@ -1,0 +1,64 @@
+"""Sums over the steps since the last metrics line; they stay on the device until they are read."""
+
+from __future__ import annotations
+
+import torch
+
+from tokenformer.errors import TokenFormerError
+from tokenformer.train.step import StepResult
+
+MAX_NONFINITE_STEPS = 5
+
+
+class MetricsWindow:
+    """Loss of the steps since the last :meth:`read`, and how many updates were skipped."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._skipped = torch.zeros((), device=device)
+        self._in_a_row = torch.zeros((), device=device)
+        self._reset()
+
+    def _reset(self) -> None:
+        self._nats = torch.zeros((), device=self._device)
+        self._targets = torch.zeros((), device=self._device)
+        self._grad_norm = torch.zeros((), device=self._device)
+        self.steps = 0
+
+    def add(self, result: StepResult) -> None:
+        """Take in one step; skipped ones count only as skipped."""
+        finite = result.finite.bool()
+        self._nats += torch.where(finite, result.nats, 0)
+        self._targets += torch.where(finite, result.targets, 0)
+        self._grad_norm = result.grad_norm
+        self._skipped += 1 - result.finite
+        self._in_a_row = (self._in_a_row + 1) * (1 - result.finite)
+        self.steps += 1
+
+    def take_skipped(self) -> int:
+        """Updates skipped since the last call; waits for the device."""
+        skipped = int(self._skipped.item())
+        self._skipped.zero_()
+        return skipped
+
+    def check(self, step: int) -> None:
+        """Wait for the device, and end the run when nothing but skipped updates happens.
+
+        Raises:
+            TokenFormerError: the last ``MAX_NONFINITE_STEPS`` updates were all skipped.
+        """
+        if self._in_a_row.item() >= MAX_NONFINITE_STEPS:
+            raise TokenFormerError(
+                f"step {step}: loss or gradient was not finite for {int(self._in_a_row.item())} steps in a row, so "
+                "nothing was learned in them; lower optimizer.lr, lengthen the warm-up (schedule.warmup_steps), or "
+                "try precision.dtype=float32. The last checkpoint is unharmed"
+            )
+
+    def read(self) -> dict[str, float]:
+        """``loss`` (nats a target, weighted by targets) and the newest ``grad_norm``; begins a new window."""
+        values = {
+            "loss": (self._nats / self._targets).item(),
+            "grad_norm": self._grad_norm.item(),
+        }
+        self._reset()
+        return values
