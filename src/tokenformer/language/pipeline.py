@@ -64,7 +64,8 @@ class TrainingWindows:
         """Endless batches [batch_size, T + 1] int64 of the samples from ``start_sample`` on, read ahead in a
         background thread, which ends when the iterator is closed or dropped."""
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=_PREFETCHED_BATCHES)
-        samples = self._samples[start_sample:].batch(batch_size)
+        # without drop_remainder grain takes the length, 2^63 - 1, through a float, which rounds it up too far
+        samples = self._samples[start_sample:].batch(batch_size, drop_remainder=True)
         iterator = iter(samples.to_iter_dataset(options))
         try:
             yield from iterator
