@@ -11,8 +11,8 @@ from tokenformer.progress import short_number
 from tokenformer.report.inspect_model import config_tables, describe_config
 from tokenformer.report.tables import Table, byte_size, count
 from tokenformer.train.config import RunConfig, load_run_config
-from tokenformer.train.metrics import METRICS_FILE, read_metrics
-from tokenformer.train.state import is_checkpoint, read_state
+from tokenformer.train.metrics import METRICS_FILE, latest_values, read_metrics
+from tokenformer.train.state import TrainingState, is_checkpoint, read_state
 
 CONFIG_FILE = "config.yaml"
 
@@ -89,11 +89,11 @@ def _stages(config: RunConfig) -> list[dict[str, Any]]:
 
 
 def _latest(metrics: list[dict[str, Any]]) -> dict[str, Any]:
-    """The newest value of every metric: lines hold what was measured at their step."""
-    latest: dict[str, Any] = {}
-    for line in metrics:
-        latest |= line
-    return latest
+    """The counters of the last line, and the newest value of every metric."""
+    if not metrics:
+        return {}
+    counters = {name: metrics[-1].get(name) for name in TrainingState().counters()}
+    return {**counters, **latest_values(metrics)}
 
 
 def _run_table(facts: dict[str, Any], config: RunConfig) -> Table:
