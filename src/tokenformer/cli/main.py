@@ -46,7 +46,8 @@ def _register() -> None:
 
 def main() -> None:
     """Entry point: run the command; a :class:`TokenFormerError` becomes one message and exit code 2."""
-    _register()
+    if not app.registered_commands:
+        _register()
     debug = "--debug" in sys.argv[1:]
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:

@@ -84,25 +84,19 @@ def prepare(
 
 
 def _print_summary(data: DataDirectory) -> None:
-    from rich.console import Console
-    from rich.table import Table
+    from tokenformer.report.tables import Table, count, print_tables
 
     info = data.info
-    table = Table(box=None, pad_edge=False)
-    table.add_column("split")
-    for name in ("documents", "tokens", "UTF-8 bytes"):
-        table.add_column(name, justify="right")
-    for split, counts in info.splits.items():
-        table.add_row(split, f"{counts.documents:,}", f"{counts.tokens:,}", f"{counts.utf8_bytes:,}")
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(table)
-    for reason, count in info.skipped.items():
-        console.print(f"skipped: {count:,} {reason}", markup=False)
-    console.print(f"tokenizer: {info.tokenizer}, {info.vocab_size:,} ids", markup=False)
-    console.print(f"corpus SHA-256: {info.corpus_sha256}", markup=False)
-    console.print(
-        f"\nWritten to {data.path}. Next: tokenformer train RECIPE data.path={data.path}", markup=False
-    )
+    splits = [
+        (name, count(split.documents), count(split.tokens), count(split.utf8_bytes))
+        for name, split in info.splits.items()
+    ]
+    print_tables([Table(str(data.path), ("split", "documents", "tokens", "UTF-8 bytes"), splits)])
+    for reason, number in info.skipped.items():
+        typer.echo(f"skipped: {count(number)} {reason}")
+    typer.echo(f"tokenizer: {info.tokenizer}, {count(info.vocab_size)} ids")
+    typer.echo(f"corpus SHA-256: {info.corpus_sha256}")
+    typer.echo(f"next: tokenformer train RECIPE data.path={data.path}")
 
 
 def register(app: typer.Typer) -> None:

@@ -102,12 +102,14 @@ class ValidationWindows:
     the stream after so many targets; ``num_targets`` says how many there are.
 
     Raises:
-        TokenFormerError: the store holds fewer than two tokens.
+        TokenFormerError: the store holds fewer than two tokens, or ``max_targets`` is below 1.
     """
 
     def __init__(self, store: TokenStore, sequence_length: int, max_targets: int | None = None) -> None:
         if store.num_tokens < 2:
             raise TokenFormerError(f"{store.prefix}: holds {store.num_tokens} tokens, expected at least 2")
+        if max_targets is not None and max_targets < 1:
+            raise TokenFormerError(f"max_tokens: found {max_targets}, expected at least 1")
         available = store.num_tokens - 1
         self.num_targets = available if max_targets is None else min(max_targets, available)
         self._store = store

@@ -1,0 +1,119 @@
+"""``tokenformer prepare`` as users run it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tokenformer.language.data_directory import DataDirectory
+
+RunCommand = Callable[..., tuple[int, str, str]]
+LINES = "".join(f"line {i} of the book\n" for i in range(400))
+
+
+@pytest.fixture
+def book(tmp_path: Path) -> Path:
+    path = tmp_path / "book.txt"
+    path.write_text(LINES)
+    return path
+
+
+def test_a_text_becomes_a_data_directory_with_a_summary(
+    run_command: RunCommand, book: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "data" / "book"
+    code, printed, errors = run_command("prepare", book, "--out", out)
+    assert code == 0, errors
+    data = DataDirectory.open(out)
+    store = data.split("train")
+    assert LINES.startswith(data.tokenizer.decode(store.tokens(0, store.num_tokens)))
+    splits = data.info.splits
+    rows = {
+        line.split()[0]: line.split()[1:] for line in printed.splitlines() if line.startswith(tuple(splits))
+    }
+    for name, counts in splits.items():
+        assert rows[name] == [f"{n:,}" for n in (counts.documents, counts.tokens, counts.utf8_bytes)]
+    assert data.info.corpus_sha256 in printed
+    assert f"tokenformer train RECIPE data.path={out}" in printed
+
+
+def test_all_options_together(run_command: RunCommand, book: Path, tmp_path: Path) -> None:
+    held_out = tmp_path / "held-out.jsonl"
+    held_out.write_text(json.dumps({"body": "held out"}) + "\n")
+    more = tmp_path / "more.jsonl"
+    more.write_text(json.dumps({"body": "more text"}) + "\n")
+    options = ["--tokenizer", "bpe:270", "--validation", held_out, "--text-field", "body"]
+    code, printed, errors = run_command("prepare", book, more, "--out", tmp_path / "one", *options)
+    assert code == 0, errors
+    one = DataDirectory.open(tmp_path / "one")
+    assert one.tokenizer.decode(one.split("validation").document(0)) == "held out"
+    assert one.split("train").num_documents == 2
+    assert "tokenizer: bpe:270, 270 ids" in printed
+
+    given = ["--tokenizer", tmp_path / "one" / "tokenizer.json", "--validation-fraction", "0.25"]
+    assert run_command("prepare", book, "--out", tmp_path / "two", *given)[0] == 0
+    two = DataDirectory.open(tmp_path / "two")
+    assert two.tokenizer.sha256 == one.tokenizer.sha256
+    assert two.info.splits["validation"].utf8_bytes == pytest.approx(len(LINES) / 4, abs=30)
+
+
+def test_the_default_corpus(run_command: RunCommand, tmp_path: Path) -> None:
+    code, printed, errors = run_command("prepare", "default", "--out", tmp_path / "data")
+    assert code == 0, errors
+    info = DataDirectory.open(tmp_path / "data").info
+    assert info.split_rule.method == "content_hash"
+    assert info.splits["train"].utf8_bytes > 5_000_000
+    assert 0.01 < info.splits["validation"].documents / info.splits["train"].documents < 0.15
+    assert f"corpus SHA-256: {info.corpus_sha256}" in printed
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "options", "message"),
+    [
+        ("a.txt", b"\x80\x81garbage", [], "a.txt: not UTF-8 text: byte 0x80 at offset 0"),
+        ("a.txt", b"", [], "a.txt: an empty corpus: found no text"),
+        ("a.txt", b"x", [], "1 bytes of text are too few to divide"),
+        ("a.jsonl", b'{"text": "x"}\n{', [], "a.jsonl:2: invalid JSON"),
+        ("a.jsonl", b'{"text": "x"}', ["--text-field", "body"], "a.jsonl:1: no field 'body'; found text"),
+        ("a.txt", b"x\ny\n", ["--tokenizer", "bpe:12"], "tokenizer: found 'bpe:12'"),
+        ("a.txt", b"x\ny\n", ["--tokenizer", "no.json"], "tokenizer: found 'no.json', expected byte, bpe:N"),
+        ("a.txt", b"x\ny\n", ["--validation-fraction", "2"], "validation_fraction: found 2.0"),
+        ("a.txt", b"x\ny\n", ["--validation", "nowhere"], "nowhere: no such file or folder"),
+        ("b.txt", b"x\ny\n", ["a.txt"], "a.txt: no such file or folder"),
+    ],
+)
+def test_wrong_input_is_one_message_and_leaves_nothing(
+    run_command: RunCommand,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    content: bytes,
+    options: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    code, printed, errors = run_command("prepare", name, "--out", "data", *options)
+    assert code == 2
+    assert printed == ""
+    assert message in errors
+    assert "Traceback" not in errors
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_an_output_with_content_is_refused(run_command: RunCommand, book: Path, tmp_path: Path) -> None:
+    assert run_command("prepare", book, "--out", tmp_path / "data")[0] == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "data").iterdir()}
+    code, _, errors = run_command("prepare", book, "--out", tmp_path / "data", "--tokenizer", "bpe:300")
+    assert code == 2
+    assert "data: a directory with content is already there" in errors
+    assert {path.name: path.read_bytes() for path in (tmp_path / "data").iterdir()} == before
+
+
+def test_help_shows_examples(run_command: RunCommand) -> None:
+    code, printed, _ = run_command("prepare", "--help")
+    assert code == 0
+    assert "tokenformer prepare default --out data/default" in printed
