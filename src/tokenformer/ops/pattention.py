@@ -25,8 +25,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tokenformer.ops.autocast import autocast_dtype, without_autocast
+
 NormActivation = Literal["gelu", "l2_norm_gelu", "gelu_l2_norm", "softmax"]
 NORM_ACTIVATIONS: tuple[NormActivation, ...] = ("gelu", "l2_norm_gelu", "gelu_l2_norm", "softmax")
+GELU_SATURATION = 30.0
+"""Beyond it GELU is 0 or its argument, and its gradient 0 or 1, in float64 too."""
 
 
 class WeightKind(NamedTuple):
@@ -53,10 +57,9 @@ def pattention(x: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], kind
     """
     from tokenformer.ops import pattention_cpu
 
-    device_type = x.device.type
-    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
+    dtype = autocast_dtype(x)
     compute = torch.float32 if dtype == torch.float16 else dtype
-    with torch.autocast(device_type, enabled=False):
+    with without_autocast(x.device.type):
         x, keys, values = x.to(compute), [k.to(compute) for k in keys], [v.to(compute) for v in values]
         if pattention_cpu.applies(x, keys, values):
             return pattention_cpu.pattention_row_blocks(x, keys, values, kind).to(dtype)
@@ -92,25 +95,34 @@ def attention_weights(scores: Sequence[Tensor], kind: WeightKind) -> list[Tensor
         total = _sum_over_groups(exponentials)
         return [e / total * kind.tau for e in exponentials]
     if kind.norm_activation == "gelu":
-        return [F.gelu(s, approximate=kind.gelu_approximate) for s in wide]
+        return [gelu(s, kind.gelu_approximate) for s in wide]
     root = math.sqrt(kind.tau)
     if kind.norm_activation == "l2_norm_gelu":
-        divisor = norm_divisor(wide, kind.norm_eps)
-        return [F.gelu(s / divisor * root, approximate=kind.gelu_approximate) for s in wide]
-    activated = [F.gelu(s, approximate=kind.gelu_approximate) for s in wide]
-    divisor = norm_divisor(activated, kind.norm_eps)
+        divisor = row_norm(wide) + kind.norm_eps
+        return [gelu(s / divisor * root, kind.gelu_approximate) for s in wide]
+    activated = [gelu(s, kind.gelu_approximate) for s in wide]
+    divisor = row_norm(activated) + kind.norm_eps
     return [g / divisor * root for g in activated]
 
 
-def norm_divisor(parts: Sequence[Tensor], eps: float) -> Tensor:
-    """``|row| + eps`` over all groups, [..., 1]; infinite where the row is zero, so that the quotient and its
-    gradient are zero there."""
+def gelu(scores: Tensor, approximate: str) -> Tensor:
+    """GELU, finite with a finite gradient for every finite score."""
+    if approximate == "none":
+        return F.gelu(scores)
+    # torch's gradient of the tanh form squares its argument, which overflows to NaN where the gradient is 0 or 1
+    bounded = scores.clamp(-GELU_SATURATION, GELU_SATURATION)
+    return torch.where(scores > GELU_SATURATION, scores, F.gelu(bounded, approximate=approximate))
+
+
+def row_norm(parts: Sequence[Tensor]) -> Tensor:
+    """``|row|`` over all groups, [..., 1]; infinite where the row is zero, so that the quotient and its gradient
+    are zero there."""
     largest = _largest([part.detach().abs() for part in parts])
     scale = torch.where(largest > 0, largest, 1.0)
     squares = _sum_over_groups([(part / scale).square() for part in parts])
     nonzero = squares > 0
     norm = scale * torch.where(nonzero, squares, 1.0).sqrt()
-    return torch.where(nonzero, norm + eps, torch.inf)
+    return torch.where(nonzero, norm, torch.inf)
 
 
 def _largest(parts: Sequence[Tensor]) -> Tensor:

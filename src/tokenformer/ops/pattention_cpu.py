@@ -11,13 +11,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tokenformer.ops.pattention import WeightKind, attention_weights, norm_divisor
+from tokenformer.ops.pattention import GELU_SATURATION, WeightKind, attention_weights, gelu, row_norm
 
 _BLOCK_ELEMENTS = 512 * 1024  # scores of one block: 2 MiB in float32
-_gelu_backward = torch.ops.aten.gelu_backward
+_SAFE_SQUARES = (1e-30, 1e36)  # a float32 sum of squares in between has lost nothing that matters
 
 
 def applies(x: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]) -> bool:
@@ -35,58 +36,121 @@ def pattention_row_blocks(
     x: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], kind: WeightKind
 ) -> Tensor:
     """As :func:`tokenformer.ops.pattention.pattention`, for what :func:`applies` admits; differentiable once."""
+    if not torch.is_grad_enabled():  # a Function cannot see that no gradient is wanted
+        x, keys, values = x.detach(), [k.detach() for k in keys], [v.detach() for v in values]
     out: Tensor = _RowBlocks.apply(x.reshape(-1, x.shape[-1]), kind, len(keys), *keys, *values)
     return out.reshape(*x.shape[:-1], out.shape[-1])
 
 
-def attention_weights_backward(
-    scores: Sequence[Tensor], weight_grads: Sequence[Tensor], kind: WeightKind
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Weights again, and the gradient of the scores; every argument and result one [rows, n_g] a group.
+def weights_and_rest(scores: Sequence[Tensor], kind: WeightKind) -> tuple[list[Tensor], Tensor | None]:
+    """Weights of a block of rows; overwrites ``scores`` with what :func:`weights_backward` needs.
 
-    With ``y = c s / (r + eps)``, ``r = |s|``: ``ds = c dy / (r + eps) - y (y . dy) / (c r)``.
+    That is: the scores themselves (``gelu``, ``gelu_l2_norm``), the argument of the GELU (``l2_norm_gelu``) or the
+    weights (``softmax``).
+
+    Args:
+        scores: one [rows, n_g] for each group; overwritten.
+        kind: the weight function.
+
+    Returns:
+        Weights, one [rows, n_g] a group, and the norms of the rows, [rows, 1], of the kinds that have them.
     """
-    approximate = kind.gelu_approximate
     if kind.norm_activation == "gelu":
-        weights = attention_weights(scores, kind)
-        return weights, _gelu_grads(weight_grads, scores, approximate)
+        return _gelu(scores, kind), None
     if kind.norm_activation == "softmax":
-        weights = attention_weights(scores, kind)
-        mean = _dot(weights, weight_grads) / kind.tau
-        return weights, [(grad - mean).mul_(w) for w, grad in zip(weights, weight_grads, strict=True)]
-    root = math.sqrt(kind.tau)
+        for weights, stored in zip(attention_weights(scores, kind), scores, strict=True):
+            stored.copy_(weights)
+        return list(scores), None
     if kind.norm_activation == "l2_norm_gelu":
-        divisor = norm_divisor(scores, kind.norm_eps)
-        normed = [(s / divisor).mul_(root) for s in scores]
-        weights = [torch.nn.functional.gelu(z, approximate=approximate) for z in normed]
-        return weights, _norm_grads(
-            normed, _gelu_grads(weight_grads, normed, approximate), divisor, root, kind
-        )
-    activated = [torch.nn.functional.gelu(s, approximate=approximate) for s in scores]
-    divisor = norm_divisor(activated, kind.norm_eps)
-    weights = [g.div_(divisor).mul_(root) for g in activated]
-    activated_grads = _norm_grads(weights, weight_grads, divisor, root, kind)
-    return weights, _gelu_grads(activated_grads, scores, approximate)
+        norm = _fast_row_norm(scores)
+        _normalise(scores, norm, kind)
+        return _gelu(scores, kind), norm
+    weights = _gelu(scores, kind)
+    norm = _fast_row_norm(weights)
+    _normalise(weights, norm, kind)
+    return weights, norm
 
 
-def _gelu_grads(grads: Sequence[Tensor], inputs: Sequence[Tensor], approximate: str) -> list[Tensor]:
-    return [_gelu_backward(g, s, approximate=approximate) for g, s in zip(grads, inputs, strict=True)]
+def weights_backward(
+    stored: Sequence[Tensor], norm: Tensor | None, weight_grads: Sequence[Tensor], kind: WeightKind
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The weights again, and the gradient of the scores.
+
+    Args:
+        stored: what :func:`weights_and_rest` left in ``scores``.
+        norm: what it returned.
+        weight_grads: one [rows, n_g] for each group; overwritten.
+        kind: the weight function.
+
+    Returns:
+        Two lists of one [rows, n_g] for each group.
+    """
+    if kind.norm_activation == "gelu":
+        return _gelu(stored, kind), _gelu_backward(weight_grads, stored, kind)
+    if kind.norm_activation == "softmax":
+        mean = _dot(stored, weight_grads) / kind.tau
+        return list(stored), [grad.sub_(mean).mul_(w) for w, grad in zip(stored, weight_grads, strict=True)]
+    assert norm is not None
+    if kind.norm_activation == "l2_norm_gelu":
+        grads = _gelu_backward(weight_grads, stored, kind)
+        return _gelu(stored, kind), _norm_backward(stored, grads, norm, kind)
+    weights = _gelu(stored, kind)
+    _normalise(weights, norm, kind)
+    grads = _norm_backward(weights, weight_grads, norm, kind)
+    return weights, _gelu_backward(grads, stored, kind)
 
 
-def _norm_grads(
-    normed: Sequence[Tensor], grads: Sequence[Tensor], divisor: Tensor, root: float, kind: WeightKind
+def _gelu(parts: Sequence[Tensor], kind: WeightKind) -> list[Tensor]:
+    return [gelu(part, kind.gelu_approximate) for part in parts]
+
+
+def _gelu_backward(grads: Sequence[Tensor], inputs: Sequence[Tensor], kind: WeightKind) -> list[Tensor]:
+    backward, approximate = torch.ops.aten.gelu_backward, kind.gelu_approximate
+    if approximate == "tanh":  # saturated, see gelu()
+        inputs = [s.clamp(-GELU_SATURATION, GELU_SATURATION) for s in inputs]
+    return [backward(g, s, approximate=approximate) for g, s in zip(grads, inputs, strict=True)]
+
+
+def _fast_row_norm(parts: Sequence[Tensor]) -> Tensor:
+    """:func:`row_norm`, in one pass where no square can overflow or underflow."""
+    squares = torch.linalg.vector_norm(parts[0], dim=-1, keepdim=True).square_()
+    for part in parts[1:]:
+        squares += torch.linalg.vector_norm(part, dim=-1, keepdim=True).square_()
+    if bool(((squares > _SAFE_SQUARES[0]) & (squares < _SAFE_SQUARES[1])).all()):
+        return squares.sqrt_()
+    return row_norm(parts)
+
+
+def _normalise(parts: Sequence[Tensor], norm: Tensor, kind: WeightKind) -> None:
+    """``sqrt(tau) part / (norm + eps)``, in place."""
+    root = math.sqrt(kind.tau)
+    factor = root / (norm + kind.norm_eps)
+    if bool(factor.isfinite().all()):
+        for part in parts:
+            part.mul_(factor)
+    else:
+        for part in parts:
+            part.div_(norm + kind.norm_eps).mul_(root)
+
+
+def _norm_backward(
+    normed: Sequence[Tensor], grads: Sequence[Tensor], norm: Tensor, kind: WeightKind
 ) -> list[Tensor]:
-    """Gradient of s, given y = ``normed`` and dy = ``grads``; ``divisor`` [rows, 1] is r + eps."""
-    along = _dot(normed, grads) / (root * (divisor - kind.norm_eps))
-    factor = root / divisor
-    return [(grad * factor).addcmul_(y, along, value=-1) for y, grad in zip(normed, grads, strict=True)]
+    """Gradient through :func:`_normalise`; ``grads`` is overwritten.
+
+    With y = c s / (r + eps), r = |s|, c = sqrt(tau): ds = c dy / (r + eps) - y (y . dy) / (c r).
+    """
+    along = _dot(normed, grads).div_(norm).div_(math.sqrt(kind.tau))
+    _normalise(grads, norm, kind)
+    return [grad.addcmul_(y, along, value=-1) for y, grad in zip(normed, grads, strict=True)]
 
 
 def _dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
-    total = torch.linalg.vecdot(left[0], right[0]).unsqueeze(-1)
+    """Sum of the products over all tokens, [rows, 1]."""
+    total = torch.linalg.vecdot(left[0], right[0])
     for a, b in zip(left[1:], right[1:], strict=True):
-        total = total + torch.linalg.vecdot(a, b).unsqueeze(-1)
-    return total
+        total += torch.linalg.vecdot(a, b)
+    return total[:, None]
 
 
 class _RowBlocks(torch.autograd.Function):
@@ -95,52 +159,61 @@ class _RowBlocks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, kind: WeightKind, groups: int, *tokens: Tensor) -> Tensor:
         keys, values = tokens[:groups], tokens[groups:]
-        keep_scores = any(ctx.needs_input_grad)
+        keep = any(ctx.needs_input_grad)
+        blocks = _row_blocks(x.shape[0], sum(k.shape[0] for k in keys))
+        rows_kept = x.shape[0] if keep else blocks[0].stop
+        stored = [x.new_empty(rows_kept, k.shape[0]) for k in keys]
+        norms = []
         out = x.new_empty(x.shape[0], values[0].shape[1])
-        all_scores = [x.new_empty(x.shape[0], k.shape[0]) for k in keys] if keep_scores else []
-        for rows in _row_blocks(x.shape[0], sum(k.shape[0] for k in keys)):
-            if keep_scores:
-                scores = [
-                    torch.mm(x[rows], k.t(), out=s[rows]) for k, s in zip(keys, all_scores, strict=True)
-                ]
-            else:
-                scores = [torch.mm(x[rows], k.t()) for k in keys]
-            weights = attention_weights(scores, kind)
-            torch.mm(weights[0], values[0], out=out[rows])
-            for group_weights, group in zip(weights[1:], values[1:], strict=True):
-                out[rows].addmm_(group_weights, group)
+        for rows in blocks:
+            place = rows if keep else slice(0, rows.stop - rows.start)
+            scores = [torch.mm(x[rows], k.t(), out=s[place]) for k, s in zip(keys, stored, strict=True)]
+            weights, norm = weights_and_rest(scores, kind)
+            _sum_of_products(weights, values, out[rows])
+            norms.append(norm)
         ctx.kind, ctx.groups = kind, groups
-        ctx.save_for_backward(x, *tokens, *all_scores)
+        all_norms = torch.cat(norms) if norms[0] is not None else None  # type: ignore[arg-type]
+        ctx.save_for_backward(x, all_norms, *tokens, *(stored if keep else ()))
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         groups = ctx.groups
-        x, *rest = ctx.saved_tensors
-        keys, values, scores = rest[:groups], rest[groups : 2 * groups], rest[2 * groups :]
+        x, norms, *rest = ctx.saved_tensors
+        keys, values, stored = rest[:groups], rest[groups : 2 * groups], rest[2 * groups :]
         need_x, _, _, *need_tokens = ctx.needs_input_grad
-        need_keys, need_values = need_tokens[:groups], need_tokens[groups:]
         grad_x = torch.empty_like(x) if need_x else None
-        grad_keys = [torch.zeros_like(k) if need else None for k, need in zip(keys, need_keys, strict=True)]
-        grad_values = [
-            torch.zeros_like(v) if need else None for v, need in zip(values, need_values, strict=True)
+        grads = [
+            torch.zeros_like(token) if need else None
+            for token, need in zip((*keys, *values), need_tokens, strict=True)
         ]
         for rows in _row_blocks(x.shape[0], sum(k.shape[0] for k in keys)):
-            grad_rows = grad_out[rows]
-            weights, score_grads = attention_weights_backward(
-                [s[rows] for s in scores], [grad_rows @ v.t() for v in values], ctx.kind
+            weights, score_grads = weights_backward(
+                [s[rows] for s in stored],
+                norms[rows] if norms is not None else None,
+                [grad_out[rows] @ v.t() for v in values],
+                ctx.kind,
             )
-            for g in range(groups):
-                if (grad_value := grad_values[g]) is not None:
-                    grad_value.addmm_(weights[g].t(), grad_rows)
-                if (grad_key := grad_keys[g]) is not None:
-                    grad_key.addmm_(score_grads[g].t(), x[rows])
+            _add_products(grads[:groups], score_grads, x[rows])
+            _add_products(grads[groups:], weights, grad_out[rows])
             if grad_x is not None:
-                torch.mm(score_grads[0], keys[0], out=grad_x[rows])
-                for score_grad, key in zip(score_grads[1:], keys[1:], strict=True):
-                    grad_x[rows].addmm_(score_grad, key)
-        return grad_x, None, None, *grad_keys, *grad_values
+                _sum_of_products(score_grads, keys, grad_x[rows])
+        return grad_x, None, None, *grads
+
+
+def _sum_of_products(rows: Sequence[Tensor], tokens: Sequence[Tensor], out: Tensor) -> None:
+    """``out = sum_g rows_g tokens_g``: [rows, n_g] and [n_g, features] to [rows, features]."""
+    torch.mm(rows[0], tokens[0], out=out)
+    for part, group in zip(rows[1:], tokens[1:], strict=True):
+        out.addmm_(part, group)
+
+
+def _add_products(totals: Sequence[Tensor | None], rows: Sequence[Tensor], inputs: Tensor) -> None:
+    """``totals_g += rows_g^T inputs``, for the groups that are trained."""
+    for total, part in zip(totals, rows, strict=True):
+        if total is not None:
+            total.addmm_(part.t(), inputs)
 
 
 def _row_blocks(rows: int, tokens: int) -> list[slice]:
