@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -65,10 +64,10 @@ def weights_and_rest(scores: Sequence[Tensor], kind: WeightKind) -> tuple[list[T
         norm = _fast_row_norm(scores)
         _normalise(scores, norm, kind)
         return _gelu(scores, kind), norm
-    weights = _gelu(scores, kind)
-    norm = _fast_row_norm(weights)
-    _normalise(weights, norm, kind)
-    return weights, norm
+    activated = _gelu(scores, kind)
+    norm = _fast_row_norm(activated)
+    _normalise(activated, norm, kind)
+    return activated, norm
 
 
 def weights_backward(
