@@ -16,7 +16,8 @@ from tokenformer.growth.spec import GrowthSpec, grown_config, target_tokens
 from tokenformer.layers.growth_rules import GrowthInit
 from tokenformer.layers.pattention import Pattention
 from tokenformer.models.base import LanguageModel
-from tokenformer.models.tokenformer.config import ROLES
+from tokenformer.models.tokenformer.config import ROLES, TokenFormerConfig
+from tokenformer.validation import validate
 
 
 class CopiedFrom(NamedTuple):
@@ -89,10 +90,8 @@ def grow(
         TokenFormerError: what cannot grow, with the reason.
     """
     sizes = {"factor": factor, "qkv": qkv, "proj": proj, "ffn": ffn}
-    try:
-        spec = GrowthSpec(init=init, **{name: size for name, size in sizes.items() if size is not None})
-    except ValueError as error:
-        raise TokenFormerError(f"grow: {error}") from error
+    asked = {name: size for name, size in sizes.items() if size is not None}
+    spec = validate(GrowthSpec, {"init": init, **asked}, source="grow")
     grown = grow_model(module, spec, seed=seed)
     if optimizer is not None:
         move_optimizer(optimizer, module, grown.model, grown.moments)
@@ -113,16 +112,20 @@ def grow_model(module: nn.Module, spec: GrowthSpec, *, seed: int = 0, step: int 
         raise TokenFormerError(
             f"grow: {type(module).__name__} contains no Pattention layer, so there is nothing to grow"
         )
-    config = None
-    if isinstance(module, LanguageModel):
-        config = grown_config(module.config, spec, step=step)
-    elif spec.factor is None:
+    if spec.factor is None and not isinstance(module, LanguageModel):
         raise TokenFormerError(
             f"grow: qkv, proj and ffn name the layers of a TokenFormer; for {type(module).__name__} use factor"
         )
+    configs = {
+        name: grown_config(part.config, spec, step=step)
+        for name, part in module.named_modules()
+        if isinstance(part, LanguageModel) and (part is module or isinstance(part.config, TokenFormerConfig))
+    }
     targets = {name: _target(module, name, layer, spec) for name, layer in layers.items()}
     for name, layer in layers.items():
         layer.check_growth(targets[name], spec.init)
+    if all(targets[name] == layer.num_param_tokens for name, layer in layers.items()):
+        raise TokenFormerError(f"grow: factor {spec.factor} adds no parameter token to any layer")
 
     larger = copy.deepcopy(module)
     copied: dict[str, CopiedFrom] = {}
@@ -132,8 +135,8 @@ def grow_model(module: nn.Module, spec: GrowthSpec, *, seed: int = 0, step: int 
         layer.grow(target, spec.init, _generator(seed, name, sum(before)))
         if spec.init == "copies" and target != sum(before):
             copied |= _copy_sources(name, len(before), target // sum(before))
-    if config is not None:
-        cast(LanguageModel, larger).config = config
+    for name, config in configs.items():
+        cast(LanguageModel, larger.get_submodule(name)).config = config
     return Grown(larger, copied, fresh_optimizer=spec.init == "random")
 
 

@@ -46,7 +46,7 @@ class Pattention(nn.Module):
     ``key_tokens`` and ``value_tokens`` hold one Parameter for each group: [n_g, d_in] and [n_g, d_out].
 
     Raises:
-        TokenFormerError: a size that is not positive, an unknown kind.
+        TokenFormerError: a size or tau that is not positive, an unknown kind.
     """
 
     def __init__(
@@ -73,8 +73,12 @@ class Pattention(nn.Module):
             raise TokenFormerError(
                 f"norm_activation: found '{norm_activation}', expected one of {', '.join(NORM_ACTIVATIONS)}"
             )
+        if tau is not None and not 0 < tau < math.inf:
+            raise TokenFormerError(f"tau: found {tau}, expected a positive number")
         self.in_features, self.out_features = in_features, out_features
-        self.kind = WeightKind(norm_activation, float(tau or sum(groups)), gelu_approximate, norm_eps)
+        self.kind = WeightKind(
+            norm_activation, float(sum(groups) if tau is None else tau), gelu_approximate, norm_eps
+        )
         self.init = init or TokenInit(key_std=1 / math.sqrt(in_features), value_std=1.0, scale_values=True)
         self.key_tokens = nn.ParameterList(torch.empty(n, in_features) for n in groups)
         self.value_tokens = nn.ParameterList(torch.empty(n, out_features) for n in groups)
@@ -125,7 +129,8 @@ class Pattention(nn.Module):
         check_growth(
             self.num_param_tokens, num_param_tokens, init, self.kind.norm_activation, "num_param_tokens"
         )
-        if init == "copies" and not all(p.requires_grad for p in self.value_tokens):
+        frozen = not all(values.requires_grad for values in self.value_tokens)
+        if init == "copies" and frozen and num_param_tokens != self.num_param_tokens:
             raise TokenFormerError(
                 "init 'copies' divides all values, but a group is frozen; use 'exact' or unfreeze it"
             )

@@ -73,6 +73,8 @@ class TokenFormerConfig(DecoderConfig):
         totals = {role: values.get(f"{role}_param_tokens") for role in ROLES}
         if any(total is None for total in totals.values()):
             return values
+        # a total that is refused stands in for itself alone: its group and tau are not refused once more
+        totals = {role: 1 if _is_refused(total) else total for role, total in totals.items()}
         filled = dict(values)
         if filled.get("param_token_groups") is None:
             filled["param_token_groups"] = {role: (total,) for role, total in totals.items()}
@@ -114,3 +116,7 @@ class TokenFormerConfig(DecoderConfig):
     def product_parameters(self) -> int:
         counts = self.parameter_counts()
         return counts["attention"] + counts["ffn"] + self.vocab_size * self.hidden_size
+
+
+def _is_refused(total: object) -> bool:
+    return isinstance(total, int | float) and total <= 0
