@@ -133,7 +133,7 @@ def attention_context(
 def _append(buffer: KeyValueBuffer | None, past: int, key: Tensor, value: Tensor) -> KeyValueBuffer:
     """A buffer with ``past`` earlier positions and the new ones; filled in place where no other state is hurt."""
     total = past + key.shape[2]
-    if torch.is_grad_enabled() and key.requires_grad:
+    if torch.is_grad_enabled():  # what a backward needs must not be written to again
         if buffer is None:
             return KeyValueBuffer(key, value, total)
         key = torch.cat((buffer.key[:, :, :past], key), dim=2)

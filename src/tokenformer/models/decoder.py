@@ -36,7 +36,7 @@ class Decoder(LanguageModel):
     ) -> ModelOutput:
         hidden, state = self._run(tokens, positions, documents, state)
         if logits_to_keep is not None:
-            hidden = hidden[:, -logits_to_keep:]
+            hidden = hidden[:, max(0, hidden.shape[1] - logits_to_keep) :]
         return ModelOutput(self.head(hidden), state)
 
     def hidden(
@@ -65,7 +65,7 @@ class Decoder(LanguageModel):
         documents: Tensor | None,
         state: DecoderState | None,
     ) -> tuple[Tensor, DecoderState | None]:
-        self._check(tokens, state)
+        _check(tokens, positions, documents, state)
         context, all_documents, next_position = attention_context(
             tokens,
             positions,
@@ -86,11 +86,19 @@ class Decoder(LanguageModel):
         length = state.length + tokens.shape[1]
         return hidden, DecoderState(state.batch_size, tuple(kept), length, all_documents, next_position)
 
-    def _check(self, tokens: Tensor, state: DecoderState | None) -> None:
-        if tokens.ndim != 2 or tokens.shape[1] == 0:
-            raise ValueError(f"tokens: found shape {list(tokens.shape)}, expected [b, t] with t at least 1")
-        if state is not None and state.batch_size != tokens.shape[0]:
-            raise ValueError(f"tokens: {tokens.shape[0]} rows, but the state was made for {state.batch_size}")
+
+def _check(
+    tokens: Tensor, positions: Tensor | None, documents: Tensor | None, state: DecoderState | None
+) -> None:
+    if tokens.ndim != 2 or tokens.shape[1] == 0:
+        raise ValueError(f"tokens: found shape {list(tokens.shape)}, expected [b, t] with t at least 1")
+    for name, given in (("positions", positions), ("documents", documents)):
+        if given is not None and given.shape != tokens.shape:
+            raise ValueError(
+                f"{name}: found shape {list(given.shape)}, expected that of tokens, {list(tokens.shape)}"
+            )
+    if state is not None and state.batch_size != tokens.shape[0]:
+        raise ValueError(f"tokens: {tokens.shape[0]} rows, but the state was made for {state.batch_size}")
 
 
 @torch.no_grad()
