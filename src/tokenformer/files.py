@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,13 @@ def require_free(path: Path | str) -> Path:
         TokenFormerError: ``path`` is a file or a directory that is not empty.
     """
     path = Path(path)
-    if path.is_dir() and not any(path.iterdir()):
-        return path
+    if path.name in ("", ".."):
+        raise TokenFormerError(f"{path}: expected the name of an output, which is then made")
+    try:
+        if path.is_dir() and not any(path.iterdir()):
+            return path
+    except OSError as error:
+        raise TokenFormerError(f"{path}: cannot be read ({error.strerror})") from error
     if path.exists() or path.is_symlink():
         what = "a directory with content" if path.is_dir() else "a file"
         raise TokenFormerError(f"{path}: {what} is already there; name another output or remove it first")
@@ -61,8 +66,12 @@ def _put_in_place(scratch: Path, path: Path) -> None:
     if path.is_dir() and any(path.iterdir()):
         old = path.with_name(f".{path.name}.replaced-{os.getpid()}")
         path.rename(old)
-        scratch.rename(path)
-        shutil.rmtree(old)
+        try:
+            scratch.rename(path)
+        except BaseException:
+            old.rename(path)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
     else:
         if path.is_dir():
             path.rmdir()
@@ -93,7 +102,8 @@ def write_text(path: Path | str, text: str) -> None:
     except OSError as error:
         raise TokenFormerError(f"{path}: could not be written ({error.strerror or error})") from error
     finally:
-        scratch.unlink(missing_ok=True)
+        with suppress(OSError):
+            scratch.unlink(missing_ok=True)
 
 
 def write_json(path: Path | str, value: Any) -> None:

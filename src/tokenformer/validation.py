@@ -15,7 +15,7 @@ Model = TypeVar("Model", bound="StrictModel")
 
 
 class StrictModel(BaseModel):
-    """Base of every configuration: immutable, no unknown fields, no silent conversion of text to numbers."""
+    """Base of every configuration: immutable, no unknown fields, no infinite or NaN numbers."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 

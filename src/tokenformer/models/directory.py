@@ -16,11 +16,13 @@ from tokenformer.errors import TokenFormerError
 from tokenformer.files import new_directory, write_json, write_text
 from tokenformer.models.base import LanguageModel
 from tokenformer.models.card import model_card
+from tokenformer.models.config import DecoderConfig
 from tokenformer.models.paths import weight_files
 from tokenformer.models.registry import load_config, model_class
 
 MAX_SHARD_SIZE = "5GB"
 _SHOWN = 6  # names listed in an error
+Shapes = dict[str, tuple[int, ...]]
 
 
 class Tokenizer(Protocol):
@@ -53,11 +55,16 @@ def save_model(
         The directory.
 
     Raises:
-        TokenFormerError: the directory is taken, or the disk refuses.
+        TokenFormerError: the directory is taken, the weights are not those that the configuration says (a layer
+            was changed by itself), the tokenizer file is missing, or the disk refuses.
     """
     from huggingface_hub import save_torch_state_dict
 
     directory = Path(directory)
+    expected = _shapes(_without_weights(model.config))
+    _compare(f"{directory}: the weights do not fit the model's configuration", expected, _shapes(model))
+    if isinstance(tokenizer, Path) and not tokenizer.is_file():
+        raise TokenFormerError(f"{tokenizer}: no such file; expected a tokenizer.json")
     with new_directory(directory, replace=replace) as scratch:
         write_json(scratch / "config.json", model.config.to_json())
         try:
@@ -88,37 +95,53 @@ def load_model(
         dtype: what they are converted to; as stored by default.
 
     Raises:
-        TokenFormerError: missing or corrupt files; tensors missing, unexpected or of another shape than
-            ``config.json`` says.
+        TokenFormerError: missing or corrupt files; tensors missing, unexpected, of another shape than
+            ``config.json`` says or not of a floating-point dtype; a device that cannot be used.
     """
     directory = Path(directory)
-    config = load_config(directory)
-    with torch.device("meta"):
-        model: LanguageModel = model_class(config.architecture)(config)
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    weights = read_weights(directory, expected, device, dtype)
-    model.load_state_dict(weights, assign=True)
+    _require_device(device)
+    model = _without_weights(load_config(directory))
+    model.load_state_dict(_read_weights(directory, _shapes(model), device, dtype), assign=True)
     return model.eval()
 
 
-def read_weights(
-    directory: Path,
-    expected: dict[str, tuple[int, ...]],
-    device: torch.device | str,
-    dtype: torch.dtype | None,
+def _require_device(device: torch.device | str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise TokenFormerError(f"device: '{device}' cannot be used ({str(error).splitlines()[0]})") from error
+
+
+def _without_weights(config: DecoderConfig) -> LanguageModel:
+    with torch.device("meta"):
+        model: LanguageModel = model_class(config.architecture)(config)
+    return model
+
+
+def _shapes(model: LanguageModel) -> Shapes:
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def _read_weights(
+    directory: Path, expected: Shapes, device: torch.device | str, dtype: torch.dtype | None
 ) -> dict[str, Tensor]:
-    """The tensors named in ``expected`` (name -> shape), checked before any is read."""
+    """The tensors named in ``expected``, checked before any is read."""
     files = weight_files(directory)
     found: dict[str, tuple[Path, tuple[int, ...]]] = {}
     for path in files:
         with _open(path, "cpu") as file:
             found.update((name, (path, tuple(file.get_slice(name).get_shape()))) for name in file.keys())  # noqa: SIM118
-    _compare(directory, expected, {name: shape for name, (_, shape) in found.items()})
+    shapes = {name: shape for name, (_, shape) in found.items()}
+    _compare(f"{directory}: the weights do not fit config.json", expected, shapes)
     weights: dict[str, Tensor] = {}
     for path in files:
         with _open(path, str(device)) as file:
             for name in file.keys():  # noqa: SIM118
                 tensor = file.get_tensor(name)
+                if not tensor.is_floating_point():
+                    raise TokenFormerError(
+                        f"{path}: {name}: found {str(tensor.dtype).removeprefix('torch.')} numbers, expected floats"
+                    )
                 weights[name] = tensor if dtype is None else tensor.to(dtype)
     return weights
 
@@ -130,9 +153,7 @@ def _open(path: Path, device: str) -> safe_open:
         raise TokenFormerError(f"{path}: not a whole safetensors file ({error})") from error
 
 
-def _compare(
-    directory: Path, expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]
-) -> None:
+def _compare(opening: str, expected: Shapes, found: Shapes) -> None:
     problems = [
         *_listed("missing tensors", (name for name in expected if name not in found)),
         *_listed("unexpected tensors", (name for name in found if name not in expected)),
@@ -146,7 +167,7 @@ def _compare(
         ),
     ]
     if problems:
-        raise TokenFormerError(f"{directory}: the weights do not fit config.json; " + "; ".join(problems))
+        raise TokenFormerError(f"{opening}; " + "; ".join(problems))
 
 
 def _listed(title: str, names: Iterator[str]) -> list[str]:

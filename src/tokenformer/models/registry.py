@@ -78,7 +78,7 @@ def parse_config(values: dict[str, Any], *, source: str) -> DecoderConfig:
     """Configuration from the content of a ``config.json``; ``source`` opens error messages."""
     if "model_type" not in values:
         raise TokenFormerError(f"{source}: model_type: missing, expected one of {', '.join(ARCHITECTURES)}")
-    architecture = _find(values["model_type"], f"{source}: model_type")
+    architecture = _find(str(values["model_type"]), f"{source}: model_type")
     fields = {name: value for name, value in values.items() if name not in _HUGGING_FACE_FIELDS}
     return validate(architecture.config, fields, source=source)
 
