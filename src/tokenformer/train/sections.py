@@ -81,7 +81,7 @@ class OptimizerConfig(StrictModel):
     eps: PositiveFloat = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     grad_clip: PositiveFloat | None = 1.0
-    lr_multipliers: Annotated[dict[str, PositiveFloat], Field(default_factory=dict)]
+    lr_multipliers: dict[str, PositiveFloat] = Field(default_factory=dict)
     frozen_groups: tuple[NonNegativeInt, ...] = ()
     frozen_roles: tuple[str, ...] = ()
 

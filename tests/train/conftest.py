@@ -1,0 +1,77 @@
+"""A small data directory and small runs on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tokenformer.language.prepare import prepare
+from tokenformer.train.config import RunConfig
+from tokenformer.train.yaml_source import apply_overrides
+from tokenformer.validation import validate
+
+MakeConfig = Callable[..., RunConfig]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    """Models this small are slower on several threads."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def data_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Byte tokens of a few hundred lines with some structure in them."""
+    folder = tmp_path_factory.mktemp("corpus")
+    text = "\n".join(f"{i} squared is {i * i}, and {i} plus {i} is {i + i}." for i in range(600))
+    (folder / "text.txt").write_text(text)
+    prepare([folder / "text.txt"], folder / "data", tokenizer="byte")
+    return folder / "data"
+
+
+@pytest.fixture
+def make_config(data_directory: Path) -> MakeConfig:
+    """A run of a tiny TokenFormer; overrides as on the command line, or whole sections by keyword."""
+
+    def make(*overrides: str, **sections: Any) -> RunConfig:
+        values: dict[str, Any] = {
+            "model": {
+                "architecture": "tokenformer",
+                "vocab_size": 384,
+                "hidden_size": 16,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "qkv_param_tokens": 8,
+                "proj_param_tokens": 8,
+                "ffn_param_tokens": 16,
+                "max_position_embeddings": 32,
+            },
+            "data": {"path": str(data_directory), "sequence_length": 16, "batch_tokens": 64},
+            "optimizer": {"lr": 1e-2},
+            "evaluation": {"every_steps": None, "max_tokens": 256},
+            "logging": {"every_steps": 2, "tensorboard": False},
+            "checkpoint": {"every_steps": None},
+        }
+        values.update(sections)
+        values = {name: value for name, value in values.items() if value is not None}
+        if "stages" not in values:
+            values.setdefault("steps", 6)
+        return validate(RunConfig, apply_overrides(values, overrides), source="test")
+
+    return make
+
+
+@pytest.fixture
+def ladder(make_config: MakeConfig) -> RunConfig:
+    """Two growth steps, the second after the optimiser's moments of the first have grown old."""
+    return make_config(
+        stages=[
+            {"name": "small", "steps": 4},
+            {"name": "larger", "steps": 4, "grow": {"factor": 2}, "optimizer": {"lr": 5e-3}},
+            {"name": "largest", "tokens": 256, "grow": {"qkv": 24, "ffn": 40}, "data": {"batch_tokens": 128}},
+        ]
+    )

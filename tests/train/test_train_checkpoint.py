@@ -1,0 +1,154 @@
+"""Checkpoints: complete or not there, and clear words for everything that can be wrong with one."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from tokenformer.errors import TokenFormerError
+from tokenformer.growth.grow import grow_model
+from tokenformer.growth.spec import GrowthSpec
+from tokenformer.train.checkpoint import (
+    TrainingCheckpoint,
+    list_checkpoints,
+    prune_checkpoints,
+    read_checkpoint,
+    write_checkpoint,
+)
+from tokenformer.train.config import RunConfig
+from tokenformer.train.run import train
+
+MakeConfig = Callable[..., RunConfig]
+
+
+@pytest.fixture
+def checkpoint(make_config: MakeConfig, tmp_path: Path) -> Path:
+    return train(make_config("steps=2"), tmp_path / "run", quiet=True).checkpoint
+
+
+def test_written_checkpoint_reads_back(checkpoint: Path, tmp_path: Path) -> None:
+    one = read_checkpoint(checkpoint)
+    write_checkpoint(tmp_path / "copy", one)
+    two = read_checkpoint(tmp_path / "copy")
+    assert two.state == one.state
+    assert two.run_config == one.run_config
+    assert two.tokenizer is not None
+    assert one.tokenizer is not None
+    assert two.tokenizer.sha256 == one.tokenizer.sha256
+    for name, tensor in one.model.state_dict().items():
+        assert torch.equal(two.model.state_dict()[name], tensor), name
+    assert one.moments.keys() == dict(one.model.named_parameters()).keys()
+    for name, entry in one.moments.items():
+        assert all(torch.equal(entry[key], two.moments[name][key]) for key in entry), name
+    assert torch.equal(one.rng["cpu"], two.rng["cpu"])
+
+
+def test_grown_checkpoint_is_one_that_training_goes_on_with(
+    checkpoint: Path, make_config: MakeConfig, tmp_path: Path
+) -> None:
+    small = read_checkpoint(checkpoint)
+    grown = grow_model(small.model, GrowthSpec(factor=2), step=small.state.step)
+    larger = replace(small, model=grown.model, moments=grown.moments(small.moments))
+    write_checkpoint(tmp_path / "grown", larger)
+    config = make_config("steps=1", model=None, init_from=str(tmp_path / "grown"))
+    result = train(config, tmp_path / "next", quiet=True)
+    moments = read_checkpoint(result.checkpoint).moments
+    assert moments["blocks.0.ffn.key_tokens.0"]["step"] == 3
+    assert moments["blocks.0.ffn.key_tokens.1"]["step"] == 1
+    assert (result.state.step, result.state.next_sample) == (3, 12)
+
+
+def test_nothing_is_overwritten(checkpoint: Path) -> None:
+    with pytest.raises(TokenFormerError, match="already there"):
+        write_checkpoint(checkpoint, read_checkpoint(checkpoint))
+
+
+@pytest.mark.parametrize("name", ["tensors/__0_0.distcp", "tensors/.metadata", "config.json", "state.json"])
+@pytest.mark.parametrize("damage", ["missing", "truncated", "garbage"])
+def test_damaged_files_are_named(checkpoint: Path, name: str, damage: str) -> None:
+    file = checkpoint / name
+    content = file.read_bytes()
+    if damage == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(content[: len(content) // 2] if damage == "truncated" else b"\x00garbage" * 40)
+    with pytest.raises(TokenFormerError) as caught:
+        read_checkpoint(checkpoint)
+    assert str(checkpoint) in str(caught.value)
+
+
+def test_weights_of_another_size_are_refused(checkpoint: Path) -> None:
+    config = checkpoint / "config.json"
+    config.write_text(config.read_text().replace('"vocab_size": 384', '"vocab_size": 512'))
+    with pytest.raises(TokenFormerError, match=r"embedding.weight: found \(384, 16\), expected \(512, 16\)"):
+        read_checkpoint(checkpoint)
+
+
+def test_only_the_last_ones_are_kept(make_config: MakeConfig, tmp_path: Path) -> None:
+    train(make_config("checkpoint={every_steps: 1, keep_last: 3}"), tmp_path / "run", quiet=True)
+    assert [path.name[-1] for path in list_checkpoints(tmp_path / "run")] == ["4", "5", "6"]
+
+
+def test_pruning_takes_nothing_else(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    for name in ("step-00000001", "step-00000002", "step-best", "notes", ".step-00000003.incomplete-7"):
+        (folder / name).mkdir(parents=True)
+    prune_checkpoints(tmp_path, keep_last=1)
+    assert sorted(path.name for path in folder.iterdir()) == ["notes", "step-00000002", "step-best"]
+
+
+def test_disk_full_leaves_the_former_checkpoint_usable(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config("checkpoint.every_steps=2")
+    whole = train(config, tmp_path / "whole", quiet=True)
+    written = write_checkpoint
+
+    def full_at_step_four(directory: Path, checkpoint: TrainingCheckpoint) -> None:
+        if checkpoint.state.step < 4:
+            return written(directory, checkpoint)
+        full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        with mock.patch("torch.distributed.checkpoint.filesystem._write_item", side_effect=full):
+            return written(directory, checkpoint)
+
+    with (
+        mock.patch("tokenformer.train.run.write_checkpoint", full_at_step_four),
+        pytest.raises(TokenFormerError) as caught,
+    ):
+        train(config, tmp_path / "run", quiet=True)
+    assert "step-00000004: could not be written (No space left on device)" in str(caught.value)
+    assert "step-00000002 is whole: go on from it with --resume" in str(caught.value)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
+    resumed = train(config, tmp_path / "run", resume=True, quiet=True)
+    one, two = (result.model / "model.safetensors" for result in (resumed, whole))
+    assert one.read_bytes() == two.read_bytes()
+
+
+def test_a_real_limit_of_the_file_system(checkpoint: Path, tmp_path: Path) -> None:
+    """The operating system refuses to let a file grow: the same message, and nothing is left behind."""
+    code = """
+import resource, signal, sys
+from tokenformer.errors import TokenFormerError
+from tokenformer.train.checkpoint import read_checkpoint, write_checkpoint
+checkpoint = read_checkpoint(sys.argv[1])
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
+try:
+    write_checkpoint(sys.argv[2], checkpoint)
+except TokenFormerError as error:
+    print(error)
+"""
+    target = tmp_path / "limited" / "step-00000003"
+    run: Any = subprocess.run(
+        [sys.executable, "-c", code, str(checkpoint), str(target)], capture_output=True, text=True, check=True
+    )
+    assert f"{target}: could not be written" in run.stdout
+    assert list(target.parent.iterdir()) == []
