@@ -7,6 +7,7 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokenformer.errors import TokenFormerError
+from tokenformer.language.pieces import LONG, pieces
 from tokenformer.language.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer, train_bpe
 
 NEOX = Path(__file__).parents[3] / "shared" / "data" / "gpt-neox-20b-tokenizer.json"
@@ -269,3 +271,44 @@ def test_files_that_are_no_tokenizer_are_named(tmp_path: Path) -> None:
         (tmp_path / "tokenizer.json").write_text(content)
         with pytest.raises(TokenFormerError, match=r"tokenizer\.json: not a valid tokenizer\.json"):
             load_tokenizer(tmp_path)
+
+
+@cache
+def long_text() -> str:
+    source = Path(tokenizers.__file__).parent / "__init__.pyi"
+    text = source.read_text(encoding="utf-8") + "\n\n  \n   naïve 😀\nend 's 12 \n = Head = \n"
+    return text * (1 + LONG // len(text))
+
+
+@pytest.mark.parametrize("make", [bpe, pytest.param(neox, marks=needs_neox)])
+def test_very_long_texts_are_encoded_as_if_whole(make) -> None:  # type: ignore[no-untyped-def]
+    tokenizer, text = make(), long_text()
+    assert len(list(pieces(text))) > 3
+    assert "".join(pieces(text)) == text
+    backend = tokenizers.Tokenizer.from_str(saved(tokenizer))
+    short, long = tokenizer.encode_batch(["short", text])
+    assert short.tolist() == backend.encode("short").ids
+    assert long.tolist() == backend.encode(text).ids
+
+
+def saved(tokenizer: Tokenizer) -> str:
+    with TemporaryDirectory() as folder:
+        tokenizer.save(folder)
+        return (Path(folder) / "tokenizer.json").read_text(encoding="utf-8")
+
+
+def test_texts_are_cut_only_where_words_end() -> None:
+    for text in ("", "a\nb c" * (LONG // 5), "a" * (2 * LONG), "a  \n\n  b" * LONG, "\n" * (2 * LONG)):
+        assert list(pieces(text)) == [text]
+    for text, end, start in (("ab\n\ncd\n", "d\n", "ab"), ("ab  cd ef\n\n", "cd", " ef")):
+        first, *others, last = pieces(text * LONG)
+        assert len(others) > 10
+        assert all(piece.endswith(end) for piece in (first, *others))
+        assert all(piece.startswith(start) for piece in (*others, last))
+
+
+def test_a_tokenizer_that_puts_something_before_a_text_takes_it_whole() -> None:
+    backend = tokenizers.Tokenizer.from_str(byte_file())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
+    text = "ab\n" * (1 + LONG // 3)
+    assert len(Tokenizer(backend.to_str()).encode_batch([text])[0]) == len(text) + 1

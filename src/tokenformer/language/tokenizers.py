@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import codecs
 import hashlib
 import json
 import sys
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,12 +22,16 @@ from tokenformer.language.byte_level import (
     byte_tokenizer_definition,
     token_to_bytes,
 )
+from tokenformer.language.pieces import LONG, groups, pieces
+from tokenformer.language.text_stream import ByteLevelStream, GenericStream, TextStream
 
 END_TOKENS = (END_OF_TEXT, "</s>", "<|end_of_text|>")
 """Where the end-of-document token is not named, the first of these that the vocabulary has."""
 
 VOCABULARY_MULTIPLE = 128
 SMALLEST_BPE = 257
+
+_ENCODED_CHARACTERS = 2**21  # at once: the library holds over a hundred bytes for each
 
 _FILE = "tokenizer.json"
 _CONFIG_FILE = "tokenizer_config.json"
@@ -78,8 +80,12 @@ class Tokenizer:
         """Ids of each text as an integer array [t]; faster than one by one."""
         for text in texts:
             _utf8(text)
-        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
+        found: list[list[np.ndarray]] = [[np.empty(0, np.int64)] for _ in texts]
+        for group in groups(self._pieces(texts), _ENCODED_CHARACTERS):
+            encodings = self._backend.encode_batch_fast([text for _, text in group], add_special_tokens=False)
+            for (number, _), encoding in zip(group, encodings, strict=True):
+                found[number].append(np.array(encoding.ids, dtype=np.int64))
+        return [np.concatenate(arrays) for arrays in found]
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         """Text of ``ids``; bytes that are not UTF-8 become U+FFFD, padding ids nothing."""
@@ -92,8 +98,8 @@ class Tokenizer:
     def stream(self, *, skip_special: bool = True) -> TextStream:
         """A decoder for ids that arrive one at a time; it never emits half a character."""
         if self._token_bytes is not None:
-            return _ByteLevelStream(self, skip_special)
-        return _GenericStream(self, skip_special)
+            return ByteLevelStream(lambda id: self._bytes_of(id, skip_special))
+        return GenericStream(lambda ids: self.decode(ids, skip_special=skip_special))
 
     def count_bytes(self, ids: np.ndarray) -> int:
         """UTF-8 bytes of the text that ``ids`` [t] stand for; special ids count 0."""
@@ -109,6 +115,19 @@ class Tokenizer:
         write_text(Path(directory) / _FILE, self._definition)
         if self.eos_token != _find_end_token(self._backend, None, _FILE, required=False):
             write_json(Path(directory) / _CONFIG_FILE, {"eos_token": self.eos_token})
+
+    def _pieces(self, texts: Sequence[str]) -> Iterator[tuple[int, str]]:
+        for number, text in enumerate(texts):
+            if len(text) > LONG and self._works_in_pieces:
+                yield from ((number, piece) for piece in pieces(text))
+            else:
+                yield number, text
+
+    @cached_property
+    def _works_in_pieces(self) -> bool:
+        """Byte-level, and nothing is put before a text, so that ids of pieces add up to those of the whole."""
+        whole, first, second = self.encode_batch(["a\na", "a\n", "a"])
+        return self._token_bytes is not None and whole.tolist() == [*first, *second]
 
     def _id_of(self, token: str) -> int:
         id = self._backend.token_to_id(token)
@@ -155,61 +174,6 @@ class ByteTokenizer(Tokenizer):
         return [np.frombuffer(_utf8(text), dtype=np.uint8) for text in texts]
 
 
-class TextStream(ABC):
-    """Text of ids that arrive one at a time."""
-
-    @abstractmethod
-    def add(self, id: int) -> str:
-        """The text that ``id`` completes; empty while a character is incomplete."""
-
-    @abstractmethod
-    def finish(self) -> str:
-        """What is left at the end: U+FFFD where a character stayed incomplete."""
-
-
-class _ByteLevelStream(TextStream):
-    def __init__(self, tokenizer: Tokenizer, skip_special: bool) -> None:
-        self._tokenizer = tokenizer
-        self._skip_special = skip_special
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def add(self, id: int) -> str:
-        return self._decoder.decode(self._tokenizer._bytes_of(int(id), self._skip_special))
-
-    def finish(self) -> str:
-        text = self._decoder.decode(b"", final=True)
-        self._decoder.reset()
-        return text
-
-
-class _GenericStream(TextStream):
-    """Decodes a short tail again with each id, since a token's text can depend on the one before it."""
-
-    def __init__(self, tokenizer: Tokenizer, skip_special: bool) -> None:
-        self._tokenizer = tokenizer
-        self._skip_special = skip_special
-        self._context: list[int] = []
-        self._pending: list[int] = []
-
-    def add(self, id: int) -> str:
-        self._pending.append(int(id))
-        text = self._pending_text()
-        if not text or text.endswith("\ufffd"):
-            return ""
-        self._context, self._pending = self._pending, []
-        return text
-
-    def finish(self) -> str:
-        text = self._pending_text()
-        self._context, self._pending = [], []
-        return text
-
-    def _pending_text(self) -> str:
-        before = self._tokenizer.decode(self._context, skip_special=self._skip_special)
-        after = self._tokenizer.decode(self._context + self._pending, skip_special=self._skip_special)
-        return after[len(before) :]
-
-
 def load_tokenizer(path: Path | str, *, eos_token: str | None = None) -> Tokenizer:
     """Read a ``tokenizer.json``, or the one in a directory.
 
@@ -249,7 +213,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=sys.stderr.isatty(),
     )
-    backend.train_from_iterator(texts, trainer)
+    backend.train_from_iterator((piece for text in texts for piece in pieces(text)), trainer)
     return Tokenizer(backend.to_str(pretty=True) + "\n")
 
 
