@@ -1,0 +1,74 @@
+"""What all tests share: reproducible examples, one thread, and small models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import settings
+
+from tokenformer.models.base import LanguageModel
+from tokenformer.models.registry import build_model
+from tokenformer.models.tokenformer.config import TokenFormerConfig
+from tokenformer.models.transformer.config import TransformerConfig
+
+settings.register_profile("default", derandomize=True, deadline=None, database=None, max_examples=25)
+settings.load_profile("default")
+
+MakeModel = Callable[..., LanguageModel]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    """Models this small are slower on several threads."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of reference cases and data that lies beside the project."""
+    path = Path(__file__).parents[2] / "shared"
+    if not path.is_dir():
+        pytest.skip(f"{path} is not there")
+    return path
+
+
+@pytest.fixture(scope="session")
+def make_tokenformer() -> MakeModel:
+    """A tiny TokenFormer in evaluation mode; any field of its configuration by keyword, and ``seed``."""
+
+    def make(*, seed: int = 0, **fields: Any) -> LanguageModel:
+        sizes = {
+            "vocab_size": 40,
+            "hidden_size": 16,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "qkv_param_tokens": 6,
+            "proj_param_tokens": 5,
+            "ffn_param_tokens": 12,
+            "max_position_embeddings": 64,
+        }
+        return build_model(TokenFormerConfig(**(sizes | fields)), seed=seed).eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_transformer() -> MakeModel:
+    """A tiny Transformer, likewise."""
+
+    def make(*, seed: int = 0, **fields: Any) -> LanguageModel:
+        sizes = {
+            "vocab_size": 40,
+            "hidden_size": 16,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 24,
+            "max_position_embeddings": 64,
+        }
+        return build_model(TransformerConfig(**(sizes | fields)), seed=seed).eval()
+
+    return make
