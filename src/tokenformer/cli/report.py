@@ -1,0 +1,31 @@
+"""``tokenformer report``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+_EXAMPLES = """
+**Examples**
+
+`tokenformer report runs/ladder runs/from-scratch --out reports/growth`
+"""
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories to compare.")],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="The directory to write; it must be new or empty.")
+    ],
+) -> None:
+    """Figures of runs side by side: loss against compute over runs and growth stages."""
+    from tokenformer.report.runs import report_runs
+
+    typer.echo(f"report: {report_runs(runs, out)}")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to ``app``."""
+    app.command("report", epilog=_EXAMPLES)(report)

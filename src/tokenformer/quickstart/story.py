@@ -1,0 +1,192 @@
+"""The quickstart: train small, grow, train on, compare with training from scratch, evaluate, generate, report.
+
+Each step leaves its result on disk and is skipped when that is there already, so an interrupted quickstart goes on
+where it stopped.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from tokenformer.errors import TokenFormerError
+from tokenformer.files import read_json, write_json, write_text
+from tokenformer.generation.config import SamplingConfig
+from tokenformer.generation.engine import generate
+from tokenformer.growth.measure import logit_change
+from tokenformer.language.data_directory import DataDirectory
+from tokenformer.language.prepare import prepare
+from tokenformer.language.task import LanguageModelingTask
+from tokenformer.models.directory import load_model
+from tokenformer.quickstart.page import write_report
+from tokenformer.quickstart.plan import RUNS, QuickstartPlan, RunName, parse_plan
+from tokenformer.quickstart.results import GrowthResult, ModelResult, QuickstartResults
+from tokenformer.train.checkpoint import TrainingCheckpoint, list_checkpoints, read_checkpoint
+from tokenformer.train.device import find_device
+from tokenformer.train.grow_checkpoint import grow_checkpoint
+from tokenformer.train.run import train
+from tokenformer.train.state import read_state
+
+PLAN_FILE, RESULTS_FILE, GROWTH_FILE = "plan.yaml", "results.json", "growth.json"
+
+TITLES: dict[RunName, str] = {
+    "small": "TokenFormer, small",
+    "grown": "TokenFormer, grown",
+    "large": "TokenFormer, large from scratch",
+    "transformer": "Transformer from scratch",
+}
+
+
+def run_quickstart(
+    plan: QuickstartPlan, out: Path | str, *, say: Callable[[str], None] = print, quiet: bool = False
+) -> Path:
+    """Do the whole story in the directory ``out`` and return the path of its report.
+
+    Raises:
+        TokenFormerError: ``out`` holds something else, or a quickstart with another plan.
+    """
+    out = Path(out)
+    _check_runs(plan, out)
+    _claim(plan, out)
+    begun = time.monotonic()
+    data = _prepare(plan, out, say)
+    _train(plan, out, "small", say, quiet)
+    growth = _grow(plan, out, data, say)
+    for name in RUNS[1:]:
+        _train(plan, out, name, say, quiet)
+    results = QuickstartResults(growth=growth, models=[_assess(plan, out, name, data, say) for name in RUNS])
+    write_json(out / RESULTS_FILE, results.model_dump(mode="json"))
+    report = write_report(out, plan, results, data.info, TITLES)
+    say(f"done in {time.monotonic() - begun:.0f} s")
+    return report
+
+
+def _check_runs(plan: QuickstartPlan, out: Path) -> None:
+    for name in RUNS:
+        plan.run_config(name, out)
+
+
+def _claim(plan: QuickstartPlan, out: Path) -> None:
+    """Note the plan in a fresh directory; accept one that was begun with the same plan."""
+    note = out / PLAN_FILE
+    if note.is_file():
+        if parse_plan(note.read_text("utf-8")) != plan:
+            raise TokenFormerError(
+                f"{out}: holds a quickstart with another plan ({note}); name another --out"
+            )
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise TokenFormerError(f"{out}: is there already and holds something else; name another --out")
+    else:
+        write_text(note, plan.to_yaml())
+
+
+def _prepare(plan: QuickstartPlan, out: Path, say: Callable[[str], None]) -> DataDirectory:
+    if not (out / "data").exists():
+        say(f"prepare: {', '.join(plan.corpus)} -> {out / 'data'}")
+        prepare(plan.corpus, out / "data", validation_fraction=plan.validation_fraction)
+    data = DataDirectory.open(out / "data")
+    total = sum(split.utf8_bytes for split in data.info.splits.values())
+    say(f"corpus: {total / 1e6:.1f} MB of text, SHA-256 {data.info.corpus_sha256[:16]}")
+    return data
+
+
+def _train(plan: QuickstartPlan, out: Path, name: RunName, say: Callable[[str], None], quiet: bool) -> None:
+    config = plan.run_config(name, out)
+    if _is_finished(out, name, config.resolve()[-1].steps):
+        return
+    say(f"train: {TITLES[name]}")
+    train(config, out / name, resume=True, quiet=quiet)
+
+
+def _is_finished(out: Path, name: RunName, steps: int) -> bool:
+    checkpoints = list_checkpoints(out / name)
+    return (
+        bool(checkpoints)
+        and read_state(checkpoints[-1]).stage_step >= steps
+        and (out / name / "model").is_dir()
+    )
+
+
+def _grow(plan: QuickstartPlan, out: Path, data: DataDirectory, say: Callable[[str], None]) -> GrowthResult:
+    """Grow the small run's last checkpoint, and show on one batch that the loss did not move."""
+    start, note = out / "grown-start", out / GROWTH_FILE
+    if not (start.exists() and note.is_file()):
+        if start.exists():
+            before, after = read_checkpoint(list_checkpoints(out / "small")[-1]), read_checkpoint(start)
+        else:
+            before, after = grow_checkpoint(list_checkpoints(out / "small")[-1], start, plan.grow)
+        write_json(note, _compare(plan, out, data, before, after).model_dump(mode="json"))
+    result = GrowthResult.model_validate(read_json(note, "the measured growth"))
+    say(
+        f"grow: {result.parameters_before:,} -> {result.parameters_after:,} parameters ({plan.grow.init}); loss on the "
+        f"same batch {result.loss_before:.6f} -> {result.loss_after:.6f}; logits moved by "
+        f"{result.logit_change:.2g} of their spread"
+    )
+    return result
+
+
+@torch.no_grad()
+def _compare(
+    plan: QuickstartPlan,
+    out: Path,
+    data: DataDirectory,
+    before: TrainingCheckpoint,
+    after: TrainingCheckpoint,
+) -> GrowthResult:
+    section = plan.run_config("small", out).data
+    task = LanguageModelingTask(data, section.sequence_length, section.seed)
+    batches = task.batches(before.state.next_sample, section.sequences_per_step)
+    batch = next(batches)
+    batches.close()  # type: ignore[attr-defined]
+    losses = []
+    for model in (before.model.eval(), after.model.eval()):
+        total = task.loss(model, batch)
+        losses.append(float(total.nats) / total.count)
+    return GrowthResult(
+        parameters_before=before.model.config.num_parameters(),
+        parameters_after=after.model.config.num_parameters(),
+        loss_before=losses[0],
+        loss_after=losses[1],
+        logit_change=logit_change(before.model, after.model, batch.inputs),
+    )
+
+
+def _assess(
+    plan: QuickstartPlan, out: Path, name: RunName, data: DataDirectory, say: Callable[[str], None]
+) -> ModelResult:
+    """Score a finished run on held-out files and let it write."""
+    config = plan.run_config(name, out)
+    device = find_device(config.parallel.device)
+    model = load_model(out / name / "model", device=device)
+    task = LanguageModelingTask(data, config.data.sequence_length, config.data.seed)
+    evaluation = task.score(
+        model, device=device, max_tokens=plan.evaluation_tokens, progress=f"evaluate {TITLES[name]}"
+    )
+    tokenizer = data.tokenizer
+    new = generate(
+        model,
+        [tokenizer.encode(plan.prompt)],
+        max_new_tokens=plan.new_tokens,
+        sampling=SamplingConfig(temperature=0.7, seed=0),
+        eos_token_id=tokenizer.eos_token_id,
+        vocab_size=tokenizer.vocab_size,
+    )
+    state = read_state(list_checkpoints(out / name)[-1])
+    say(f"evaluate: {TITLES[name]}: {evaluation.bits_per_byte:.4f} bits per byte on held-out files")
+    return ModelResult(
+        name=name,
+        parameters=model.config.num_parameters(),
+        steps=state.step,
+        tokens=state.tokens,
+        flops=state.flops,
+        seconds=state.seconds,
+        lr=config.optimizer.lr,
+        initializer=model.config.initializer,
+        bits_per_byte=evaluation.bits_per_byte,
+        loss=evaluation.loss,
+        bytes_scored=evaluation.bytes,
+        sample=plan.prompt + tokenizer.decode(new[0]),
+    )
