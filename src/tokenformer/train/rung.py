@@ -60,11 +60,13 @@ def grow_for_stage(
     sequences = min(_MEASURED_SEQUENCES, stage.data.sequences_per_forward)
     with closing(task.batches(state.next_sample, sequences)) as batches:  # type: ignore[type-var]
         batch = to_device(next(batches), device)
+    with torch.compiler.set_stance("force_eager"):  # fused kernels of two models round differently
+        change = logit_change(model, grown.model, batch.inputs)
     return Rung(
         model=grown.model,
         moments=grown.moments(moments),
         init=stage.grow.init,
         former_parameters=model.config.num_parameters(),
         parameters=grown.model.config.num_parameters(),
-        logit_change=logit_change(model, grown.model, batch.inputs),
+        logit_change=change,
     )
