@@ -60,33 +60,38 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+RATES = (0.0005, 0.001, 0.002, 0.004, 0.008)
+SCHEDULES = ("cosine", "wsd", "constant")
+FROM_SCRATCH = ("small", "large", "transformer")
+
+
 def grid(tiny: bool) -> list[Setting]:
-    """Round 1 of the sides that start from scratch."""
-    rates = [0.004] if tiny else [0.001, 0.002, 0.004, 0.008, 0.016]
-    settings = []
-    for lr in rates:
-        for initializer in ("fan_in", "published"):
-            common = {"lr": lr, "initializer": initializer, "seed": 0}
-            settings += [{"side": side, "schedule": "cosine", **common} for side in ("large", "transformer")]
-            if initializer == "fan_in" or not tiny:
-                settings += [{"side": "small", "schedule": name, **common} for name in ("constant", "cosine")]
-    return settings
+    """Round 1 of the sides that start from scratch: the same grid for each."""
+    return [
+        {"side": side, "schedule": schedule, "lr": lr, "initializer": initializer, "seed": 0}
+        for lr in (RATES[2:3] if tiny else RATES)
+        for schedule in (SCHEDULES[:1] if tiny else SCHEDULES)
+        for initializer in ("fan_in", "published")
+        for side in FROM_SCRATCH
+    ]
 
 
 def growths(results: list[Setting], tiny: bool) -> list[Setting]:
-    """Round 1 of growing: from the best small runs of each schedule, several rates."""
-    rates = [0.004] if tiny else [0.001, 0.002, 0.004, 0.008, 0.016]
+    """Round 1 of growing: from the best small runs of each schedule, every rate."""
     starts = []
-    for schedule in ("constant", "cosine"):
+    for schedule in SCHEDULES:
         same = [r for r in results if r["side"] == "small" and r["schedule"] == schedule and r["seed"] == 0]
-        starts += sorted(same, key=lambda r: r["bits_per_byte"])[: 1 if tiny else 3]
-    return [grown_setting(start, lr) for start in starts for lr in rates]
+        starts += sorted(same, key=lambda r: r["bits_per_byte"])[: 1 if tiny else 2]
+    rates = RATES[2:3] if tiny else RATES
+    return [
+        grown_setting(start, lr, schedule) for start in starts for lr in rates for schedule in SCHEDULES[:2]
+    ]
 
 
-def grown_setting(start: Setting, lr: float) -> Setting:
+def grown_setting(start: Setting, lr: float, schedule: str) -> Setting:
     return {
         "side": "grown",
-        "schedule": "cosine",
+        "schedule": schedule,
         "lr": lr,
         "seed": start["seed"],
         **{f"small_{name}": start[name] for name in ("lr", "initializer", "schedule")},
