@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from tokenformer.ops.pattention import GELU_SATURATION, WeightKind, attention_weights, gelu, row_norm
 
-_BLOCK_ELEMENTS = 512 * 1024  # scores of one block: 2 MiB in float32
+_BLOCK_ELEMENTS = 2048 * 1024  # scores of one block: 8 MiB in float32
 _SAFE_SQUARES = (1e-30, 1e36)  # a float32 sum of squares in between has lost nothing that matters
 
 
@@ -41,62 +41,53 @@ def pattention_row_blocks(
     return out.reshape(*x.shape[:-1], out.shape[-1])
 
 
-def weights_and_rest(scores: Sequence[Tensor], kind: WeightKind) -> tuple[list[Tensor], Tensor | None]:
-    """Weights of a block of rows; overwrites ``scores`` with what :func:`weights_backward` needs.
+class _Stored(NamedTuple):
+    """What the backward of a block needs: one [rows, n_g] for each group, and the norms [rows, 1] of the kinds that
+    have one. The parts are the scores (``gelu``, ``gelu_l2_norm``), the argument of the GELU (``l2_norm_gelu``) or the
+    weights (``softmax``)."""
 
-    That is: the scores themselves (``gelu``, ``gelu_l2_norm``), the argument of the GELU (``l2_norm_gelu``) or the
-    weights (``softmax``).
+    parts: list[Tensor]
+    norm: Tensor | None
 
-    Args:
-        scores: one [rows, n_g] for each group; overwritten.
-        kind: the weight function.
 
-    Returns:
-        Weights, one [rows, n_g] a group, and the norms of the rows, [rows, 1], of the kinds that have them.
-    """
+def weights_and_rest(scores: list[Tensor], kind: WeightKind) -> tuple[list[Tensor], _Stored]:
+    """Weights of a block of rows, one [rows, n_g] a group, and what its backward needs; overwrites ``scores``."""
     if kind.norm_activation == "gelu":
-        return _gelu(scores, kind), None
+        return _gelu(scores, kind), _Stored(scores, None)
     if kind.norm_activation == "softmax":
-        for weights, stored in zip(attention_weights(scores, kind), scores, strict=True):
-            stored.copy_(weights)
-        return list(scores), None
+        weights = _softmax(scores, kind)
+        return weights, _Stored(weights, None)
     if kind.norm_activation == "l2_norm_gelu":
         norm = _fast_row_norm(scores)
         _normalise(scores, norm, kind)
-        return _gelu(scores, kind), norm
+        return _gelu(scores, kind), _Stored(scores, norm)
     activated = _gelu(scores, kind)
     norm = _fast_row_norm(activated)
     _normalise(activated, norm, kind)
-    return activated, norm
+    return activated, _Stored(scores, norm)
 
 
 def weights_backward(
-    stored: Sequence[Tensor], norm: Tensor | None, weight_grads: Sequence[Tensor], kind: WeightKind
+    stored: _Stored, weight_grads: list[Tensor], kind: WeightKind
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The weights again, and the gradient of the scores.
+    """The weights again, and the gradient of the scores: two lists of one [rows, n_g] for each group.
 
-    Args:
-        stored: what :func:`weights_and_rest` left in ``scores``.
-        norm: what it returned.
-        weight_grads: one [rows, n_g] for each group; overwritten.
-        kind: the weight function.
-
-    Returns:
-        Two lists of one [rows, n_g] for each group.
+    ``weight_grads``, one [rows, n_g] for each group, is overwritten.
     """
+    parts, norm = stored
     if kind.norm_activation == "gelu":
-        return _gelu(stored, kind), _gelu_backward(weight_grads, stored, kind)
+        return _gelu(parts, kind), _gelu_backward(weight_grads, parts, kind)
     if kind.norm_activation == "softmax":
-        mean = _dot(stored, weight_grads) / kind.tau
-        return list(stored), [grad.sub_(mean).mul_(w) for w, grad in zip(stored, weight_grads, strict=True)]
+        mean = _dot(parts, weight_grads) / kind.tau
+        return parts, [grad.sub_(mean).mul_(w) for w, grad in zip(parts, weight_grads, strict=True)]
     assert norm is not None
     if kind.norm_activation == "l2_norm_gelu":
-        grads = _gelu_backward(weight_grads, stored, kind)
-        return _gelu(stored, kind), _norm_backward(stored, grads, norm, kind)
-    weights = _gelu(stored, kind)
+        grads = _gelu_backward(weight_grads, parts, kind)
+        return _gelu(parts, kind), _norm_backward(parts, grads, norm, kind)
+    weights = _gelu(parts, kind)
     _normalise(weights, norm, kind)
     grads = _norm_backward(weights, weight_grads, norm, kind)
-    return weights, _gelu_backward(grads, stored, kind)
+    return weights, _gelu_backward(grads, parts, kind)
 
 
 def _gelu(parts: Sequence[Tensor], kind: WeightKind) -> list[Tensor]:
@@ -108,6 +99,12 @@ def _gelu_backward(grads: Sequence[Tensor], inputs: Sequence[Tensor], kind: Weig
     if approximate == "tanh":  # saturated, see gelu()
         inputs = [s.clamp(-GELU_SATURATION, GELU_SATURATION) for s in inputs]
     return [backward(g, s, approximate=approximate) for g, s in zip(grads, inputs, strict=True)]
+
+
+def _softmax(scores: list[Tensor], kind: WeightKind) -> list[Tensor]:
+    if len(scores) == 1:
+        return [torch.softmax(scores[0], dim=-1).mul_(kind.tau)]
+    return attention_weights(scores, kind)
 
 
 def _fast_row_norm(parts: Sequence[Tensor]) -> Tensor:
@@ -159,43 +156,37 @@ class _RowBlocks(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, kind: WeightKind, groups: int, *tokens: Tensor) -> Tensor:
         keys, values = tokens[:groups], tokens[groups:]
         keep = any(ctx.needs_input_grad)
-        blocks = _row_blocks(x.shape[0], sum(k.shape[0] for k in keys))
-        rows_kept = x.shape[0] if keep else blocks[0].stop
-        stored = [x.new_empty(rows_kept, k.shape[0]) for k in keys]
-        norms = []
+        kept: list[Tensor | None] = []
         out = x.new_empty(x.shape[0], values[0].shape[1])
-        for rows in blocks:
-            place = rows if keep else slice(0, rows.stop - rows.start)
-            scores = [torch.mm(x[rows], k.t(), out=s[place]) for k, s in zip(keys, stored, strict=True)]
-            weights, norm = weights_and_rest(scores, kind)
+        for rows in _row_blocks(x.shape[0], sum(k.shape[0] for k in keys)):
+            weights, stored = weights_and_rest([torch.mm(x[rows], k.t()) for k in keys], kind)
             _sum_of_products(weights, values, out[rows])
-            norms.append(norm)
+            if keep:
+                kept += [*stored.parts, stored.norm]
         ctx.kind, ctx.groups = kind, groups
-        all_norms = torch.cat(norms) if norms[0] is not None else None  # type: ignore[arg-type]
-        ctx.save_for_backward(x, all_norms, *tokens, *(stored if keep else ()))
+        ctx.save_for_backward(x, *tokens, *kept)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         groups = ctx.groups
-        x, norms, *rest = ctx.saved_tensors
-        keys, values, stored = rest[:groups], rest[groups : 2 * groups], rest[2 * groups :]
+        x, *rest = ctx.saved_tensors
+        keys, values, kept = rest[:groups], rest[groups : 2 * groups], rest[2 * groups :]
         need_x, _, _, *need_tokens = ctx.needs_input_grad
         grad_x = torch.empty_like(x) if need_x else None
         grads = [
             torch.zeros_like(token) if need else None
             for token, need in zip((*keys, *values), need_tokens, strict=True)
         ]
-        for rows in _row_blocks(x.shape[0], sum(k.shape[0] for k in keys)):
+        for index, rows in enumerate(_row_blocks(x.shape[0], sum(k.shape[0] for k in keys))):
+            *parts, norm = kept[index * (groups + 1) : (index + 1) * (groups + 1)]
+            grad_rows = grad_out[rows]
             weights, score_grads = weights_backward(
-                [s[rows] for s in stored],
-                norms[rows] if norms is not None else None,
-                [grad_out[rows] @ v.t() for v in values],
-                ctx.kind,
+                _Stored(parts, norm), [grad_rows @ v.t() for v in values], ctx.kind
             )
             _add_products(grads[:groups], score_grads, x[rows])
-            _add_products(grads[groups:], weights, grad_out[rows])
+            _add_products(grads[groups:], weights, grad_rows)
             if grad_x is not None:
                 _sum_of_products(score_grads, keys, grad_x[rows])
         return grad_x, None, None, *grads
