@@ -219,11 +219,11 @@ def run_values(plan: QuickstartPlan, out: Path, setting: Setting) -> dict[str, A
 
 def grow_start(plan: QuickstartPlan, out: Path, setting: Setting) -> None:
     from tokenformer.train.checkpoint import list_checkpoints
-    from tokenformer.train.grow_checkpoint import grow_checkpoint
+    from tokenformer.train.grow import grow_directory
 
     small = {"side": "small", **{n: setting[f"small_{n}"] for n in ("lr", "initializer", "schedule")}}
     small["seed"] = setting["seed"]
-    grow_checkpoint(
+    grow_directory(
         list_checkpoints(out / name_of(small))[-1], start_of(out, setting), plan.grow, seed=setting["seed"]
     )
 

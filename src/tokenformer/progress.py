@@ -42,7 +42,9 @@ class ProgressBar:
 
 
 @contextmanager
-def progress_bar(description: str, total: float | None, unit: str, *, done: float = 0) -> Iterator[ProgressBar]:
+def progress_bar(
+    description: str, total: float | None, unit: str, *, done: float = 0
+) -> Iterator[ProgressBar]:
     """A bar on standard error while the block runs; nothing is printed when that is not a terminal."""
     console = Console(stderr=True)
     columns = [

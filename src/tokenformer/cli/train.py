@@ -10,9 +10,9 @@ import typer
 _EXAMPLES = """
 **Examples**
 
-    tokenformer train recipes/shakespeare.yaml
+    tokenformer train recipes/small.yaml
 
-    tokenformer train recipes/shakespeare.yaml optimizer.lr=3e-4 steps=2000 --out runs/lower-lr
+    tokenformer train recipes/small.yaml optimizer.lr=3e-4 steps=2000 --out runs/lower-lr
 
     tokenformer train recipes/ladder.yaml stages.1.grow.factor=4
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -26,9 +27,10 @@ from tokenformer.quickstart.plan import RUNS, QuickstartPlan, RunName, parse_pla
 from tokenformer.quickstart.results import GrowthResult, ModelResult, QuickstartResults
 from tokenformer.train.checkpoint import TrainingCheckpoint, list_checkpoints, read_checkpoint
 from tokenformer.train.device import find_device
-from tokenformer.train.grow_checkpoint import grow_checkpoint
+from tokenformer.train.grow import grow_directory
 from tokenformer.train.run import train
 from tokenformer.train.state import read_state
+from tokenformer.validation import validate
 
 PLAN_FILE, RESULTS_FILE, GROWTH_FILE = "plan.yaml", "results.json", "growth.json"
 
@@ -112,14 +114,13 @@ def _is_finished(out: Path, name: RunName, steps: int) -> bool:
 
 def _grow(plan: QuickstartPlan, out: Path, data: DataDirectory, say: Callable[[str], None]) -> GrowthResult:
     """Grow the small run's last checkpoint, and show on one batch that the loss did not move."""
-    start, note = out / "grown-start", out / GROWTH_FILE
-    if not (start.exists() and note.is_file()):
-        if start.exists():
-            before, after = read_checkpoint(list_checkpoints(out / "small")[-1]), read_checkpoint(start)
-        else:
-            before, after = grow_checkpoint(list_checkpoints(out / "small")[-1], start, plan.grow)
-        write_json(note, _compare(plan, out, data, before, after).model_dump(mode="json"))
-    result = GrowthResult.model_validate(read_json(note, "the measured growth"))
+    small, start, note = list_checkpoints(out / "small")[-1], out / "grown-start", out / GROWTH_FILE
+    if not start.exists():
+        grow_directory(small, start, plan.grow)
+    if not note.is_file():
+        result = _compare(plan, out, data, read_checkpoint(small), read_checkpoint(start))
+        write_json(note, result.model_dump(mode="json"))
+    result = validate(GrowthResult, read_json(note, "the measured growth"), source=str(note))
     say(
         f"grow: {result.parameters_before:,} -> {result.parameters_after:,} parameters ({plan.grow.init}); loss on the "
         f"same batch {result.loss_before:.6f} -> {result.loss_after:.6f}; logits moved by "
@@ -138,13 +139,12 @@ def _compare(
 ) -> GrowthResult:
     section = plan.run_config("small", out).data
     task = LanguageModelingTask(data, section.sequence_length, section.seed)
-    batches = task.batches(before.state.next_sample, section.sequences_per_step)
-    batch = next(batches)
-    batches.close()  # type: ignore[attr-defined]
+    with closing(task.batches(before.state.next_sample, section.sequences_per_step)) as batches:  # type: ignore[type-var]
+        batch = next(batches)
     losses = []
     for model in (before.model.eval(), after.model.eval()):
         total = task.loss(model, batch)
-        losses.append(float(total.nats) / total.count)
+        losses.append(float(total.nats) / int(total.count))
     return GrowthResult(
         parameters_before=before.model.config.num_parameters(),
         parameters_after=after.model.config.num_parameters(),
