@@ -1,15 +1,17 @@
-"""What all tests share: reproducible examples, one thread, and small models."""
+"""What all tests share: reproducible examples, one thread, small models, and the command line in this process."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from hypothesis import settings
 
+from tokenformer.cli.main import main
 from tokenformer.models.base import LanguageModel
 from tokenformer.models.registry import build_model
 from tokenformer.models.tokenformer.config import TokenFormerConfig
@@ -19,6 +21,17 @@ settings.register_profile("default", derandomize=True, deadline=None, database=N
 settings.load_profile("default")
 
 MakeModel = Callable[..., LanguageModel]
+
+
+class Finished(NamedTuple):
+    """What a command left: exit code, standard output, standard error."""
+
+    code: int
+    out: str
+    err: str
+
+
+RunCommand = Callable[..., Finished]
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -72,3 +85,19 @@ def make_transformer() -> MakeModel:
         return build_model(TransformerConfig(**(sizes | fields)), seed=seed).eval()
 
     return make
+
+
+@pytest.fixture
+def run_command(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> RunCommand:
+    """``run_command("inspect", path)``: the console script's entry point with its arguments, as users run it."""
+
+    def run(*arguments: object) -> Finished:
+        monkeypatch.setattr(sys, "argv", ["tokenformer", *map(str, arguments)])
+        code = 0
+        try:
+            main()
+        except SystemExit as ended:
+            code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        return Finished(code, *capfd.readouterr())
+
+    return run
