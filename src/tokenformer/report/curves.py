@@ -31,11 +31,14 @@ class Curve(NamedTuple):
     growths: Sequence[float]
 
     def after(self, earlier: Curve) -> Curve:
-        """This curve with the last points of ``earlier`` put before it: it goes on from there."""
+        """This curve with the last points of ``earlier`` put before it: it was grown from there."""
+        end = max(
+            (points[-1].flops for points in (earlier.training, earlier.validation) if points), default=None
+        )
         return self._replace(
             training=[*earlier.training[-1:], *self.training],
             validation=[*earlier.validation[-1:], *self.validation],
-            growths=[*(point.flops for point in earlier.validation[-1:]), *self.growths],
+            growths=[*([] if end is None else [end]), *self.growths],
         )
 
 
@@ -43,29 +46,39 @@ def read_curve(run: Path | str, label: str | None = None) -> Curve:
     """The curve of a run directory; its name is the label unless one is given.
 
     Raises:
-        TokenFormerError: no metrics there, or none that is finite.
+        TokenFormerError: no metrics there, none that is finite, or lines without their counters.
     """
     run = Path(run)
     records = read_metrics(run)
-    curve = Curve(
-        label or run.name,
-        training=_points(records, TRAINING),
-        validation=_points(records, VALIDATION),
-        growths=[record["flops"] for record in records if "logit_change" in record],
-    )
+    try:
+        curve = Curve(
+            label or run.resolve().name,
+            training=_points(records, TRAINING),
+            validation=_points(records, VALIDATION),
+            growths=[record["flops"] for record in records if "logit_change" in record],
+        )
+    except KeyError as error:
+        raise TokenFormerError(
+            f"{run}: metrics.jsonl has a line without {error}, which each must have"
+        ) from error
     if not curve.training and not curve.validation:
         raise TokenFormerError(f"{run}: metrics.jsonl holds no '{TRAINING}' and no '{VALIDATION}' yet")
     return curve
 
 
 def read_curves(runs: Iterable[Path | str]) -> list[Curve]:
-    """The curves of several run directories, with labels that tell them apart.
+    """The curves of several run directories, with labels that tell them apart: names, or whole paths where two
+    runs have the same name.
 
     Raises:
-        TokenFormerError: as :func:`read_curve`.
+        TokenFormerError: a run that is named twice, and as :func:`read_curve`.
     """
     paths = [Path(run) for run in runs]
-    names = [path.resolve().name for path in paths]
+    places = [path.resolve() for path in paths]
+    for index, place in enumerate(places):
+        if place in places[:index]:
+            raise TokenFormerError(f"{paths[index]}: named twice")
+    names = [place.name for place in places]
     unique = len(set(names)) == len(names)
     return [read_curve(path, name if unique else str(path)) for path, name in zip(paths, names, strict=True)]
 

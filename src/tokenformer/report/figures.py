@@ -1,4 +1,4 @@
-"""Figures as SVG text, drawn with matplotlib away from any screen."""
+"""Figures as SVG text, drawn with matplotlib away from any screen. The same curves give the same text."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from tokenformer.report.curves import Curve, Point
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.lines import Line2D
 
 Axis = Literal["flops", "tokens", "seconds"]
 # Okabe and Ito: told apart with any colour vision
@@ -20,9 +21,9 @@ _LABELS = {
     "seconds": "training time (s)",
 }
 _LOG_RANGE = 30  # an axis that spans more than this is logarithmic
-_SHOWN_FROM = (
-    0.03  # the first share of a curve, where the loss falls from chance level, does not set the scale
-)
+# the first share of a curve, where the loss falls from chance level, does not set the scale
+_SHOWN_FROM = 0.03
+_NO_METADATA = dict.fromkeys(("Date", "Creator", "Format", "Type"))
 
 
 def validation_figure(curves: Sequence[Curve], axis: Axis = "flops") -> str:
@@ -33,7 +34,6 @@ def validation_figure(curves: Sequence[Curve], axis: Axis = "flops") -> str:
         lambda curve: curve.validation,
         "validation loss (bits per byte)",
         marker="o",
-        growths=True,
     )
 
 
@@ -45,7 +45,6 @@ def training_figure(curves: Sequence[Curve], axis: Axis = "flops") -> str:
         lambda curve: _smooth(curve.training),
         "training loss (nats per token)",
         marker="",
-        growths=True,
     )
 
 
@@ -56,40 +55,56 @@ def _draw(
     ylabel: str,
     *,
     marker: str,
-    growths: bool,
 ) -> str:
+    from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 4.8), layout="constrained")
-    axes = figure.add_subplot()
-    for curve, color in zip(curves, _cycle(len(curves)), strict=True):
-        points = points_of(curve)
-        spent = [getattr(point, axis) for point in points]
-        values = [point.value for point in points]
-        axes.plot(spent, values, color=color, marker=marker, markersize=3.5, linewidth=1.8, label=curve.label)
-        if growths and axis == "flops":
-            for at in curve.growths:
-                axes.axvline(at, color=color, linestyle=":", linewidth=1, alpha=0.8)
-                axes.annotate(
-                    "grown",
-                    (at, 1),
-                    xycoords=("data", "axes fraction"),
-                    xytext=(3, -12),
-                    textcoords="offset points",
-                    color=color,
-                    fontsize=8,
-                )
-    _scale(axes, [points_of(curve) for curve in curves], axis)
-    axes.set_xlabel(_LABELS[axis])
-    axes.set_ylabel(ylabel)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
     buffer = io.StringIO()
-    FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
+    # text stays text: searchable, in any script, and small; ids depend on the content alone
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "tokenformer"}):
+        figure = Figure(figsize=(8, 4.8), layout="constrained")
+        axes = figure.add_subplot()
+        lines = []
+        for index, curve in enumerate(curves):
+            color = COLORS[index % len(COLORS)]
+            points = points_of(curve)
+            spent = [getattr(point, axis) for point in points]
+            values = [point.value for point in points]
+            lines += axes.plot(spent, values, color=color, marker=marker, markersize=3.5, linewidth=1.8)
+            if axis == "flops":
+                _mark_growths(axes, curve.growths, color)
+        _scale(axes, [points_of(curve) for curve in curves], axis)
+        axes.set_xlabel(_LABELS[axis])
+        axes.set_ylabel(ylabel)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        _add_legend(axes, lines, [curve.label for curve in curves])
+        FigureCanvasSVG(figure).print_svg(buffer, metadata=_NO_METADATA)
     svg = buffer.getvalue()
     return svg[svg.index("<svg") :]
+
+
+def _mark_growths(axes: Axes, growths: Sequence[float], color: str) -> None:
+    for at in growths:
+        axes.axvline(at, color=color, linestyle=":", linewidth=1, alpha=0.8)
+        axes.annotate(
+            "grown",
+            (at, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(3, -12),
+            textcoords="offset points",
+            color=color,
+            fontsize=8,
+        )
+
+
+def _add_legend(axes: Axes, lines: Sequence[Line2D], labels: Sequence[str]) -> None:
+    """The labels as they are: names of directories are no mathematics (``$``), nor hidden (a leading ``_``)."""
+    legend = axes.legend(lines, [str(index) for index in range(len(lines))], frameon=False)
+    for text, label in zip(legend.get_texts(), labels, strict=True):
+        text.set_parse_math(False)
+        text.set_text(label)
 
 
 def _scale(axes: Axes, series: Sequence[Sequence[Point]], axis: Axis) -> None:
@@ -117,7 +132,3 @@ def _smooth(points: Sequence[Point], share: float = 0.05) -> list[Point]:
         mean, weight = keep * mean + (1 - keep) * point.value, keep * weight + (1 - keep)
         smoothed.append(point._replace(value=mean / weight))
     return smoothed
-
-
-def _cycle(count: int) -> list[str]:
-    return [COLORS[index % len(COLORS)] for index in range(count)]

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from tokenformer.files import require_free
+from tokenformer.files import new_directory, require_free
 from tokenformer.progress import short_number
 from tokenformer.report.curves import Curve, read_curves
 from tokenformer.report.figures import training_figure, validation_figure
 from tokenformer.report.page import Section, write_page
 from tokenformer.report.tables import Table
+
+REPORT_FILE = "report.html"
 
 
 def report_runs(runs: Sequence[Path | str], out: Path | str) -> Path:
@@ -21,8 +23,9 @@ def report_runs(runs: Sequence[Path | str], out: Path | str) -> Path:
     """
     out = require_free(out)
     curves = read_curves(runs)
-    out.mkdir(parents=True, exist_ok=True)
-    return _write(out / "report.html", "Training runs", curves)
+    with new_directory(out) as scratch:
+        _write(scratch / REPORT_FILE, "Training runs", curves)
+    return out / REPORT_FILE
 
 
 def report_run(run: Path) -> Path:
@@ -31,7 +34,7 @@ def report_run(run: Path) -> Path:
     Raises:
         TokenFormerError: the run has no metrics yet.
     """
-    return _write(run / "report.html", f"Run {run.resolve().name}", read_curves([run]))
+    return _write(run / REPORT_FILE, f"Run {run.resolve().name}", read_curves([run]))
 
 
 def curves_table(curves: Sequence[Curve]) -> Table:
