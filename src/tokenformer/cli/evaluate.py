@@ -20,9 +20,11 @@ _EXAMPLES = """
 
 
 def evaluate(
-    model: Annotated[Path, typer.Argument(help="A model directory, or a run directory.")],
-    data: Annotated[Path, typer.Option(help="A data directory made with the model's tokenizer.")],
-    split: Annotated[str, typer.Option(help="`train` or `validation`.")] = "validation",
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A model directory, or a run directory.")],
+    data: Annotated[
+        Path, typer.Option(metavar="DIR", help="A data directory made with the model's tokenizer.")
+    ],
+    split: Annotated[str, typer.Option(metavar="NAME", help="`train` or `validation`.")] = "validation",
     sequence_length: Annotated[
         int | None,
         typer.Option(min=1, metavar="T", help="Tokens of one window. Default: the model's context."),
@@ -31,7 +33,7 @@ def evaluate(
         int | None,
         typer.Option(min=1, metavar="N", help="Windows at a time; changes the speed, not the result."),
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    device: Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write the result to this file as well.")
     ] = None,

@@ -30,7 +30,7 @@ _EXAMPLES = """
 
 
 def generate(
-    model: Annotated[Path, typer.Argument(help="A model directory, or a run directory.")],
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A model directory, or a run directory.")],
     prompt: Annotated[
         list[str] | None,
         typer.Option(
@@ -45,17 +45,19 @@ def generate(
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="The most tokens to add.")] = 128,
     temperature: Annotated[
-        float, typer.Option(help="Divides the logits; 0 takes the likeliest token.")
+        float, typer.Option(metavar="X", help="Divides the logits; 0 takes the likeliest token.")
     ] = 1.0,
-    top_k: Annotated[int | None, typer.Option(help="Keep the k likeliest tokens.")] = None,
+    top_k: Annotated[int | None, typer.Option(metavar="K", help="Keep the k likeliest tokens.")] = None,
     top_p: Annotated[
-        float | None, typer.Option(help="Keep the likeliest tokens that together reach probability p.")
+        float | None,
+        typer.Option(metavar="P", help="Keep the likeliest tokens that together reach probability p."),
     ] = None,
     min_p: Annotated[
-        float | None, typer.Option(help="Keep tokens at least this times as likely as the likeliest.")
+        float | None,
+        typer.Option(metavar="P", help="Keep tokens at least this times as likely as the likeliest."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Prompt number i (from 0) draws with seed + i.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    seed: Annotated[int, typer.Option(metavar="N", help="Prompt number i (from 0) draws with seed + i.")] = 0,
+    device: Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
     truncate_prompt: Annotated[
         bool, typer.Option("--truncate-prompt", help="Keep the last tokens of a prompt that does not fit.")
     ] = False,

@@ -29,7 +29,9 @@ def grow(
         Path,
         typer.Argument(metavar="MODEL", help="A model directory, a run directory, or a training checkpoint."),
     ],
-    out: Annotated[Path, typer.Option(help="The directory to write; it must be new or empty.")],
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="The directory to write; it must be new or empty.")
+    ],
     factor: Annotated[
         float | None,
         typer.Option(metavar="X", help="Multiply the parameter tokens of every layer.", show_default=False),
@@ -66,7 +68,7 @@ def grow(
             show_default=False,
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Draws the new tokens.")] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, max=2**63 - 1, help="Draws the new tokens.")] = 0,
     hidden_size: Annotated[int | None, typer.Option(hidden=True)] = None,
     num_hidden_layers: Annotated[int | None, typer.Option(hidden=True)] = None,
 ) -> None:

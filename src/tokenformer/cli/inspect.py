@@ -19,7 +19,9 @@ _EXAMPLES = """
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A model, run or data directory, or a training checkpoint.")],
+    path: Annotated[
+        Path, typer.Argument(metavar="PATH", help="A model, run or data directory, or a training checkpoint.")
+    ],
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as one JSON object.")] = False,
 ) -> None:
     """Show what a directory holds.

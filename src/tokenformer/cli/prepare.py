@@ -25,13 +25,15 @@ def prepare(
     sources: Annotated[
         list[str],
         typer.Argument(
-            metavar="SOURCE...",
+            metavar="SOURCE",
             help="Text files, folders (read recursively) and .jsonl files, each also as .xz or .gz; "
             "or `default`: the Python source files of this interpreter's standard library.",
             show_default=False,
         ),
     ],
-    out: Annotated[Path, typer.Option(help="The data directory to write; it must be new or empty.")],
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="The data directory to write; it must be new or empty.")
+    ],
     tokenizer: Annotated[
         str,
         typer.Option(

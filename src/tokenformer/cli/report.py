@@ -15,9 +15,10 @@ _EXAMPLES = """
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories to compare.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Run directories to compare.")],
     out: Annotated[
-        Path, typer.Option("--out", "-o", help="The directory to write; it must be new or empty.")
+        Path,
+        typer.Option("--out", "-o", metavar="DIR", help="The directory to write; it must be new or empty."),
     ],
 ) -> None:
     """Figures of runs side by side: loss against compute over runs and growth stages."""

@@ -7,25 +7,29 @@ from typing import Annotated
 
 import typer
 
+from tokenformer.errors import TokenFormerError
+
 _EXAMPLES = """
 **Examples**
 
-    tokenformer train recipes/small.yaml
+`tokenformer train recipes/small.yaml data.path=data/mine --out runs/mine`
 
-    tokenformer train recipes/small.yaml optimizer.lr=3e-4 steps=2000 --out runs/lower-lr
+`tokenformer train recipes/small.yaml optimizer.lr=3e-4 steps=2000 --out runs/lower-lr`
 
-    tokenformer train recipes/ladder.yaml stages.1.grow.factor=4
+`tokenformer train recipes/ladder.yaml stages.1.grow.factor=4` : train, grow, train, in one run
 
-    tokenformer train recipes/ladder.yaml --resume
+`tokenformer train recipes/ladder.yaml --resume` : goes on exactly where it stopped
 """
 
 
 def train(
-    recipe: Annotated[Path, typer.Argument(help="A YAML file: the configuration of the run.")],
+    recipe: Annotated[
+        Path, typer.Argument(metavar="RECIPE", help="A YAML file: the configuration of the run.")
+    ],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[FIELD=VALUE]...", help="Fields to change, e.g. optimizer.lr=3e-4 stages.0.steps=10."
+            metavar="FIELD=VALUE", help="Fields to change, e.g. optimizer.lr=3e-4 stages.0.steps=10."
         ),
     ] = None,
     out: Annotated[
@@ -39,8 +43,9 @@ def train(
 ) -> None:
     """Train a model: from fresh weights, from a model directory or checkpoint, or up a ladder of growth stages.
 
-    The run directory holds the effective configuration, metrics.jsonl, TensorBoard events, checkpoints and, at the
-    end of each stage, the model. Ctrl-C ends a run after a checkpoint; --resume goes on from there, exactly.
+    The run directory holds the effective configuration, metrics.jsonl, TensorBoard events and checkpoints; the model
+    at the end of each stage; report.html with its figures at the end of the run. Ctrl-C ends a run after a
+    checkpoint; --resume goes on from there, exactly.
     """
     from tokenformer.train.config import load_run_config
 
@@ -50,10 +55,24 @@ def train(
     from tokenformer.train.run import train as train_model
 
     try:
-        train_model(config, out or Path("runs") / recipe.stem, resume=resume, quiet=quiet)
+        result = train_model(config, out or Path("runs") / recipe.stem, resume=resume, quiet=quiet)
     except RunInterrupted as interruption:
         typer.echo(str(interruption), err=True)
         raise typer.Exit(128 + interruption.signal_number) from None
+    _report(result.out, quiet)
+
+
+def _report(run: Path, quiet: bool) -> None:
+    """Write the run's report; a training that is done does not fail for want of one."""
+    from tokenformer.report.runs import report_run
+
+    try:
+        report = report_run(run)
+    except TokenFormerError as error:
+        typer.echo(f"no report: {error}", err=True)
+        return
+    if not quiet:
+        typer.echo(f"report: {report}")
 
 
 def register(app: typer.Typer) -> None:
