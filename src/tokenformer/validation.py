@@ -20,8 +20,9 @@ class StrictModel(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
-def validate(model: type[Model], values: Mapping[str, Any], *, source: str) -> Model:
-    """Build ``model`` from ``values``; ``source`` (a file or option) opens every error line.
+def validate(model: type[Model], values: Mapping[str, Any], *, source: str, within: str = "") -> Model:
+    """Build ``model`` from ``values``; ``source`` (a file or option) opens every error line, and ``within`` is the
+    place of the values there, where they are a part of it.
 
     Raises:
         TokenFormerError: one line for each wrong field: its place, what was found, what was expected.
@@ -29,16 +30,17 @@ def validate(model: type[Model], values: Mapping[str, Any], *, source: str) -> M
     try:
         return model.model_validate(dict(values))
     except ValidationError as error:
-        raise TokenFormerError(explain(error, model, source)) from error
+        raise TokenFormerError(explain(error, model, source, within)) from error
 
 
-def explain(error: ValidationError, model: type[BaseModel], source: str) -> str:
+def explain(error: ValidationError, model: type[BaseModel], source: str, within: str = "") -> str:
     """One line for each problem of a pydantic error, in the words of the configuration."""
     lines = []
+    outer = [within] if within else []
     for problem in error.errors():
         location, kind, found = problem["loc"], problem["type"], problem["input"]
         place = (
-            ".".join(_written_place(model, location, unknown_last=kind == "extra_forbidden"))
+            ".".join([*outer, *_written_place(model, location, unknown_last=kind == "extra_forbidden")])
             or "configuration"
         )
         if kind == "extra_forbidden":
@@ -53,7 +55,7 @@ def explain(error: ValidationError, model: type[BaseModel], source: str) -> str:
             expected = f"expected {context['expected_tags']}"
             lines.append(f"{source}: {place}.{_tag_name(problem)}: found '{context['tag']}'; {expected}")
         elif kind == "value_error":
-            opening = f"{source}: {place}" if location else source
+            opening = f"{source}: {place}" if location or within else source
             lines.append(f"{opening}: {problem['ctx']['error']}")
         else:
             lines.append(f"{source}: {place}: found {found!r}; {_lower_first(problem['msg'])}")

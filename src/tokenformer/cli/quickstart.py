@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +15,7 @@ _EXAMPLES = """
 
 `tokenformer quickstart --out runs/longer runs.small.steps=2000 runs.grown.steps=1000`
 
-`tokenformer quickstart --out runs/softmax runs.small.model.norm_activation=softmax grow.init=copies`
+`tokenformer quickstart --out runs/random grow.init=random` : growing the authors' way, for comparison
 """
 
 
@@ -22,7 +23,7 @@ def quickstart(
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[FIELD=VALUE]...", help="Fields of the plan to change, e.g. runs.small.steps=100."
+            metavar="FIELD=VALUE", help="Fields of the plan to change, e.g. runs.small.steps=100."
         ),
     ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Where everything goes.")] = Path(
@@ -46,9 +47,10 @@ def quickstart(
 
     try:
         report = run_quickstart(plan, out, say=typer.echo)
-    except RunInterrupted as interruption:
-        typer.echo(f"{interruption}; the same command goes on", err=True)
-        raise typer.Exit(128 + interruption.signal_number) from None
+    except KeyboardInterrupt as interruption:
+        typer.echo("stopped; the same command goes on from here", err=True)
+        number = interruption.signal_number if isinstance(interruption, RunInterrupted) else signal.SIGINT
+        raise typer.Exit(128 + number) from None
     results = QuickstartResults.model_validate_json((out / RESULTS_FILE).read_text("utf-8"))
     print_tables([results_table(results, TITLES)])
     typer.echo(summary(results))

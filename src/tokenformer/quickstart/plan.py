@@ -10,13 +10,16 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field
 
+from tokenformer.errors import TokenFormerError
 from tokenformer.growth.spec import GrowthSpec, grown_config
 from tokenformer.models.config import DecoderConfig, PositiveInt
-from tokenformer.train.config import RunConfig
+from tokenformer.train.config import RunConfig, StageConfig, StageSpec
 from tokenformer.train.yaml_source import apply_overrides, parse_mapping
 from tokenformer.validation import StrictModel, validate
 
 RunName = Literal["small", "grown", "large", "transformer"]
+_SOURCE = "quickstart"  # opens every message about the plan
+
 RUNS: tuple[RunName, ...] = ("small", "grown", "large", "transformer")
 
 
@@ -38,40 +41,57 @@ class QuickstartPlan(StrictModel):
         return yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False)
 
     def run_config(self, name: RunName, out: Path) -> RunConfig:
-        """The configuration of one run, with data and start in the quickstart's directory ``out``.
+        """The configuration of one run: a single stage with the run's name, data and start in the quickstart's
+        directory ``out``.
 
         Raises:
             TokenFormerError: wrong fields.
         """
-        values = _merged(self.shared, self.runs[name])
-        values["data"] = {**values.get("data", {}), "path": str(out / "data")}
+        changes: dict[str, Any] = {}
         if name == "grown":
-            values["init_from"] = str(out / "grown-start")
+            changes["init_from"] = str(out / "grown-start")
         elif name != "small":
-            values["steps"] = self.steps_from_scratch(name, out)
-        return validate(RunConfig, values, source=f"runs.{name}")
+            changes["steps"] = self.steps_from_scratch(name, out)
+        config = self._validated(name, out / "data", changes)
+        stage = StageSpec(name=name, steps=_only_stage(config).steps)
+        return config.model_copy(update={"steps": None, "tokens": None, "stages": (stage,)})
 
     def steps_from_scratch(self, name: RunName, out: Path) -> int:
         """Steps after which ``name`` has used the FLOPs of ``small`` and ``grown`` together."""
         small, grown = self.run_config("small", out), self.run_config("grown", out)
-        small_model = self.first_model("small")
-        budget = _flops(small, small_model) + _flops(grown, grown_config(small_model, self.grow))
-        probe = validate(
-            RunConfig,
-            {**_merged(self.shared, self.runs[name]), "data": small.data.model_dump(), "steps": 1},
-            source=f"runs.{name}",
-        )
-        assert probe.model is not None
-        return max(1, round(budget / _flops(probe, probe.model)))
+        one_step = self._validated(name, out / "data", {"steps": 1, "tokens": None})
+        budget = _flops(small, self.model_of("small")) + _flops(grown, self.model_of("grown"))
+        return max(1, round(budget / _flops(one_step, self.model_of(name))))
 
-    def first_model(self, name: RunName) -> DecoderConfig:
-        """The model that ``small``, ``large`` or ``transformer`` starts from."""
-        values = _merged(self.shared, self.runs[name])
-        probe = {**values, "data": {**values.get("data", {}), "path": "."}}
-        probe.setdefault("steps", 1)
-        config = validate(RunConfig, probe, source=f"runs.{name}")
-        assert config.model is not None
+    def model_of(self, name: RunName) -> DecoderConfig:
+        """The configuration of the model that is trained in a run.
+
+        Raises:
+            TokenFormerError: wrong fields, or a growth that cannot be.
+        """
+        if name == "grown":
+            try:
+                return grown_config(self.model_of("small"), self.grow)
+            except TokenFormerError as error:
+                raise TokenFormerError(f"{_SOURCE}: grow: {error}") from error
+        config = self._validated(name, Path(), {"steps": 1, "tokens": None})
+        assert config.model is not None, "a run without model has init_from, which only 'grown' may have"
         return config.model
+
+    def _validated(self, name: RunName, data: Path, changes: Mapping[str, Any]) -> RunConfig:
+        """The sections of a run put together, with ``changes``; what the quickstart decides may not be given."""
+        if name not in self.runs:
+            raise TokenFormerError(f"{_SOURCE}: runs.{name}: missing, but required")
+        values = _merged(self.shared, self.runs[name])
+        decided = {"stages", "init_from"} | (set() if name in ("small", "grown") else {"steps", "tokens"})
+        for field in sorted(decided & values.keys()):
+            raise TokenFormerError(
+                f"{_SOURCE}: runs.{name}.{field}: not to be set, the quickstart decides it"
+            )
+        section = values.setdefault("data", {})
+        if isinstance(section, Mapping):  # anything else is refused below
+            values["data"] = {**section, "path": str(data)}
+        return validate(RunConfig, {**values, **changes}, source=_SOURCE, within=f"runs.{name}")
 
 
 def load_plan(overrides: Sequence[str] = ()) -> QuickstartPlan:
@@ -86,15 +106,18 @@ def load_plan(overrides: Sequence[str] = ()) -> QuickstartPlan:
 
 def parse_plan(text: str, overrides: Sequence[str] = ()) -> QuickstartPlan:
     """A plan from YAML text."""
-    values = apply_overrides(parse_mapping(text, "quickstart", "the plan of a quickstart"), overrides)
-    return validate(QuickstartPlan, values, source="quickstart")
+    values = apply_overrides(parse_mapping(text, _SOURCE, "the plan of a quickstart"), overrides)
+    return validate(QuickstartPlan, values, source=_SOURCE)
+
+
+def _only_stage(config: RunConfig) -> StageConfig:
+    (stage,) = config.resolve()
+    return stage
 
 
 def _flops(config: RunConfig, model: DecoderConfig) -> float:
-    return sum(
-        stage.steps * stage.data.batch_tokens * model.flops_per_token(stage.data.sequence_length)
-        for stage in config.resolve()
-    )
+    data = config.data
+    return _only_stage(config).steps * data.batch_tokens * model.flops_per_token(data.sequence_length)
 
 
 def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from tokenformer.models.directory import load_model
 from tokenformer.quickstart.page import write_report
 from tokenformer.quickstart.plan import RUNS, QuickstartPlan, RunName, parse_plan
 from tokenformer.quickstart.results import GrowthResult, ModelResult, QuickstartResults
+from tokenformer.report.runs import report_run
 from tokenformer.train.checkpoint import TrainingCheckpoint, list_checkpoints, read_checkpoint
 from tokenformer.train.device import find_device
 from tokenformer.train.grow import grow_directory
@@ -72,14 +73,14 @@ def _check_runs(plan: QuickstartPlan, out: Path) -> None:
 
 
 def _claim(plan: QuickstartPlan, out: Path) -> None:
-    """Note the plan in a fresh directory; accept one that was begun with the same plan."""
+    """Note the plan in a directory that holds nothing yet; accept one that was begun with the same plan."""
     note = out / PLAN_FILE
-    if note.is_file():
+    if note.is_file() and any(entry != note for entry in out.iterdir()):
         if parse_plan(note.read_text("utf-8")) != plan:
             raise TokenFormerError(
                 f"{out}: holds a quickstart with another plan ({note}); name another --out"
             )
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+    elif out.exists() and (not out.is_dir() or any(entry != note for entry in out.iterdir())):
         raise TokenFormerError(f"{out}: is there already and holds something else; name another --out")
     else:
         write_text(note, plan.to_yaml())
@@ -101,6 +102,7 @@ def _train(plan: QuickstartPlan, out: Path, name: RunName, say: Callable[[str], 
         return
     say(f"train: {TITLES[name]}")
     train(config, out / name, resume=True, quiet=quiet)
+    report_run(out / name)
 
 
 def _is_finished(out: Path, name: RunName, steps: int) -> bool:
