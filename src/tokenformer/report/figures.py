@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal
 
@@ -80,7 +81,11 @@ def _draw(
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         _add_legend(axes, lines, [curve.label for curve in curves])
-        FigureCanvasSVG(figure).print_svg(buffer, metadata=_NO_METADATA)
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", "Glyph .* missing"
+            )  # to measure with; who shows the text has it
+            FigureCanvasSVG(figure).print_svg(buffer, metadata=_NO_METADATA)
     svg = buffer.getvalue()
     return svg[svg.index("<svg") :]
 
