@@ -219,7 +219,7 @@ def test_initial_spread_of_a_tokenformer(initializer: str) -> None:
         elif initializer == "published":
             expected = 2 / (3 * 128**0.5)
         else:
-            expected = config.param_tokens(role) ** -0.5 / (1 if role == "qkv" else 6**0.5)
+            expected = 0.5 * config.param_tokens(role) ** -0.5 / (1 if role == "qkv" else 6**0.5)
         assert parameter.std().item() == pytest.approx(expected, rel=0.04), name
         assert abs(parameter.mean().item()) < 0.05 * expected, name
 
