@@ -26,7 +26,6 @@ from tokenformer.models.registry import build_model
 from tokenformer.models.tokenformer.config import TokenFormerConfig
 
 PROMPT_LENGTHS = (128, 512, 1024, 2048)
-NEW_TOKENS = 65
 CONFIG = TokenFormerConfig(
     vocab_size=4096,
     hidden_size=256,
@@ -48,13 +47,13 @@ class Row(NamedTuple):
     attention_ms: float
 
 
-def measure(model: LanguageModel, prompt_tokens: int) -> Row:
+def measure(model: LanguageModel, prompt_tokens: int, new_tokens: int) -> Row:
     """Prefill a prompt of random ids, then time every further step."""
     prompt = torch.randint(
         0, CONFIG.vocab_size, (1, prompt_tokens), generator=torch.Generator().manual_seed(0)
     )
-    steps = generate_stream(model, prompt, max_new_tokens=NEW_TOKENS, sampling=SamplingConfig(temperature=0))
-    times = [_milliseconds(lambda: next(steps)) for _ in range(NEW_TOKENS)]
+    steps = generate_stream(model, prompt, max_new_tokens=new_tokens, sampling=SamplingConfig(temperature=0))
+    times = [_milliseconds(lambda: next(steps)) for _ in range(new_tokens)]
     heads, features = CONFIG.num_attention_heads, CONFIG.head_dim
     query = torch.randn(1, heads, 1, features)
     keys = [torch.randn(2, 1, heads, prompt_tokens, features) for _ in range(CONFIG.num_hidden_layers)]
@@ -64,7 +63,7 @@ def measure(model: LanguageModel, prompt_tokens: int) -> Row:
             scaled_dot_product_attention(query, key, value)
 
     with torch.inference_mode():
-        attention = statistics.median(_milliseconds(attend) for _ in range(NEW_TOKENS))
+        attention = statistics.median(_milliseconds(attend) for _ in range(new_tokens))
     return Row(prompt_tokens, times[0], statistics.median(times[1:]), attention)
 
 
@@ -80,13 +79,17 @@ def main() -> None:
     )
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of torch")
     parser.add_argument(
+        "--prompt-tokens", type=int, nargs="+", default=PROMPT_LENGTHS, help="lengths of the prompts"
+    )
+    parser.add_argument("--new-tokens", type=int, default=65, help="tokens to generate, from 2")
+    parser.add_argument(
         "--out", type=Path, default=Path("generate_cpu.json"), help="where the rows go as JSON"
     )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     model = build_model(CONFIG)
-    measure(model, PROMPT_LENGTHS[0])  # warm-up
-    rows = [measure(model, length) for length in PROMPT_LENGTHS]
+    measure(model, options.prompt_tokens[0], options.new_tokens)  # warm-up
+    rows = [measure(model, length, options.new_tokens) for length in options.prompt_tokens]
     print(f"TokenFormer, {CONFIG.num_parameters():,} parameters, {options.threads} threads; milliseconds")
     print(f"{'prompt':>8} {'prefill':>9} {'token':>8} {'its attention':>14}")
     for row in rows:

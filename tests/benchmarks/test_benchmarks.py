@@ -1,0 +1,112 @@
+"""The benchmark scripts in a small form: they run, and what they write is what they say."""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tokenformer.ops.pattention import NORM_ACTIVATIONS
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+def run_script(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: object) -> None:
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+    try:
+        runpy.run_path(str(BENCHMARKS / name), run_name="__main__")
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_pattention(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written = tmp_path / "pattention.json"
+    sizes = ("--rows", 64, "--features", 16, "--tokens", 24, "--repeats", 2, "--threads", 1)
+    run_script(monkeypatch, "pattention.py", *sizes, "--json", written)
+    values = json.loads(written.read_text())
+    assert (values["rows"], values["features"], values["tokens"]) == (64, 16, 24)
+    assert [result["kind"] for result in values["results"]] == list(NORM_ACTIVATIONS)
+    for result in values["results"]:
+        assert result["error"] < 1e-5
+        assert result["ratio"]["products"] == 1
+        assert set(result["seconds"]) == {"products", "ours", "definition", "published"}
+        assert min(result["seconds"].values()) > 0
+    printed = capsys.readouterr().out
+    assert "64 x 16, n = 24" in printed
+    assert all(kind in printed for kind in NORM_ACTIVATIONS)
+
+
+def test_generate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written = tmp_path / "generate.json"
+    arguments = ("--prompt-tokens", 8, 16, "--new-tokens", 3, "--threads", 1, "--out", written)
+    run_script(monkeypatch, "generate_cpu.py", *arguments)
+    rows = json.loads(written.read_text())["rows"]
+    assert [row["prompt_tokens"] for row in rows] == [8, 16]
+    assert all(min(row["prefill_ms"], row["token_ms"], row["attention_ms"]) > 0 for row in rows)
+    assert len(capsys.readouterr().out.splitlines()) == 4
+
+
+TINY = {
+    "validation_fraction": 0.3,
+    "evaluation_tokens": 128,
+    "shared.data.sequence_length": 16,
+    "shared.data.batch_tokens": 64,
+    "runs.small.steps": 2,
+    "runs.grown.steps": 1,
+    **{f"runs.{name}.model.num_hidden_layers": 1 for name in ("small", "large", "transformer")},
+}
+
+
+def sweep(out: Path, corpus: Path) -> subprocess.CompletedProcess[str]:
+    overrides = [f"corpus=[{corpus}]", *(f"{name}={value}" for name, value in TINY.items())]
+    options = ["--tiny", "--workers", "1", "--seeds", "1", "--keep", "1", "--out", str(out)]
+    return subprocess.run(
+        [sys.executable, str(BENCHMARKS / "quickstart_sweep.py"), *overrides, *options],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+@pytest.mark.slow
+def test_quickstart_sweep(tmp_path: Path) -> None:
+    corpus = tmp_path / "texts"
+    corpus.mkdir()
+    for index in range(10):
+        (corpus / f"{index}.txt").write_text("\n".join(f"{line} times {index}" for line in range(60)))
+    done = sweep(tmp_path / "sweep", corpus)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    lines = (tmp_path / "sweep" / "results.jsonl").read_text().splitlines()
+    results: list[dict[str, Any]] = [json.loads(line) for line in lines]
+    sides = [result["side"] for result in results]
+    assert {side: sides.count(side) for side in sides} == {
+        "small": 3,
+        "large": 3,
+        "transformer": 3,
+        "grown": 3,
+    }
+    assert all(0 < result["bits_per_byte"] < 13 for result in results)
+    grown = max(result["flops"] for result in results if result["side"] == "grown")
+    for result in results:
+        if result["side"] in ("large", "transformer"):
+            assert result["flops"] == pytest.approx(grown, rel=0.5)  # a step is a large share of so few
+    assert {result["seed"] for result in results} == {0, 1}
+    for side in ("small", "grown", "large", "transformer"):
+        assert f"\n{side}\n" in done.stdout
+    again = sweep(tmp_path / "sweep", corpus)
+    assert again.returncode == 0, again.stderr
+    assert (tmp_path / "sweep" / "results.jsonl").read_text().splitlines() == lines
