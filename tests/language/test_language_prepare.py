@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tokenformer.errors import TokenFormerError
@@ -121,6 +121,8 @@ def test_of_one_text_the_last_lines_are_held_out(tmp_path: Path) -> None:
 
 
 @settings(deadline=None, max_examples=60)
+@example(texts=["éa"], fraction=0.5)
+@example(texts=["é", "b"], fraction=0.99)
 @given(
     texts=st.lists(st.text(st.sampled_from("ab\né😀"), max_size=20), min_size=1, max_size=4),
     fraction=st.floats(0.01, 0.99),

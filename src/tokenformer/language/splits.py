@@ -98,7 +98,7 @@ def choose_rule(survey: Survey, validation_fraction: float) -> SplitRule:
     """By content hash where that leaves documents on both sides, else the end of the text is held out."""
     if 0 < survey.held_out < survey.documents:
         return SplitRule(method="content_hash", validation_fraction=validation_fraction)
-    cut = survey.utf8_bytes - max(1, round(survey.utf8_bytes * validation_fraction))
+    cut = max(1, survey.utf8_bytes - max(1, round(survey.utf8_bytes * validation_fraction)))
     return SplitRule(method="tail", validation_fraction=validation_fraction, cut=cut)
 
 
@@ -123,24 +123,35 @@ def _divide_at(texts: Iterable[str], cut: int) -> Iterator[Part]:
         elif cut <= start and start > 0:
             yield Part("validation", text)
         else:
-            position = _boundary(content, cut - start)
+            position = _boundary(content, cut - start, first=start == 0)
             for split, side in (("train", content[:position]), ("validation", content[position:])):
                 if side:
                     yield Part(split, side.decode("utf-8"))
         start = end
 
 
-def _boundary(content: bytes, position: int) -> int:
-    """Where to cut near ``position``: at the start of its line, else of the next, else of a character."""
+def _boundary(content: bytes, position: int, *, first: bool) -> int:
+    """Where to cut near ``position``: at the start of its line, else of the next, else of a character.
+
+    Something is left before the cut of the ``first`` text.
+    """
     before = content.rfind(b"\n", 0, position) + 1
     if before:
         return before
     after = content.find(b"\n", position) + 1
     if 0 < after < len(content):
         return after
-    while position and content[position] & 0xC0 == 0x80:  # inside a character
+    while position and _inside_character(content, position):
         position -= 1
+    if first and position == 0:
+        position = 1
+        while _inside_character(content, position):
+            position += 1
     return position
+
+
+def _inside_character(content: bytes, position: int) -> bool:
+    return position < len(content) and content[position] & 0xC0 == 0x80
 
 
 def _hash_fraction(digest: bytes) -> float:
