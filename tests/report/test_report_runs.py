@@ -29,6 +29,7 @@ class Page(HTMLParser):
         self.tags: list[str] = []
         self.texts: list[tuple[str, str]] = []
         self.fetched: list[str] = []
+        self.ids: list[str] = []
         self.feed(html)
         self.close()
         assert self.open == []
@@ -40,6 +41,7 @@ class Page(HTMLParser):
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
+        self.ids += [value or "" for name, value in attrs if name == "id"]
         for name, value in attrs:
             inside = (value or "").startswith("#")
             if name in FETCHING or (name in ("href", "xlink:href") and not inside):
@@ -117,6 +119,7 @@ def test_runs_side_by_side(tmp_path: Path) -> None:
     assert page.tags.count("svg") == 3
     assert "script" not in page.tags
     assert page.fetched == []
+    assert len(page.ids) == len(set(page.ids)) > 0
     columns = len(page.cells("th"))
     rows = [page.cells()[start : start + columns] for start in (0, columns)]
     assert rows == [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal
@@ -62,8 +63,8 @@ def _draw(
     from matplotlib.figure import Figure
 
     buffer = io.StringIO()
-    # text stays text: searchable, in any script, and small; ids depend on the content alone
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "tokenformer"}):
+    # text stays text: searchable, in any script, and small; ids are the same every time, and others in other figures
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": f"{ylabel} {axis}"}):
         figure = Figure(figsize=(8, 4.8), layout="constrained")
         axes = figure.add_subplot()
         lines = []
@@ -87,7 +88,9 @@ def _draw(
             )  # to measure with; who shows the text has it
             FigureCanvasSVG(figure).print_svg(buffer, metadata=_NO_METADATA)
     svg = buffer.getvalue()
-    return svg[svg.index("<svg") :]
+    return re.sub(
+        r'<g id="[^"]*"', "<g", svg[svg.index("<svg") :]
+    )  # names of groups, the same in every figure
 
 
 def _mark_growths(axes: Axes, growths: Sequence[float], color: str) -> None:
