@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tokenformer.language.tokenizers import ByteTokenizer
-from tokenformer.models.directory import load_model
+from tokenformer.models.directory import load_model, save_model
 
 CONFIG: dict[str, Any] = {
     "num_layers": 1,
@@ -82,3 +82,37 @@ def test_wrong_input(run_command, source: Path, tmp_path: Path) -> None:
     assert taken.code == 2
     assert "already there" in taken.err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["official"]
+
+
+def test_there_and_back(run_command, source: Path, tmp_path: Path) -> None:
+    ByteTokenizer().save(source)
+    assert run_command("convert", "official", "native", source, tmp_path / "native").code == 0
+    done = run_command("convert", "native", "official", tmp_path / "native", tmp_path / "back")
+    assert (done.code, done.err) == (0, "")
+    assert "13 tensors (float32) mapped, none left over; tokenizer.json copied" in done.out
+    assert "Next:" not in done.out
+    first, again = (
+        torch.load(directory / "pytorch_model.bin", weights_only=True)
+        for directory in (source, tmp_path / "back")
+    )
+    assert first.keys() == again.keys()
+    assert all(torch.equal(first[key], again[key]) for key in first)
+
+
+def test_a_grown_model_says_what_was_rewritten(run_command, source: Path, tmp_path: Path) -> None:
+    (source / "config.json").write_text(json.dumps({**CONFIG, "norm_activation_type": "l2_norm_gelu"}))
+    assert run_command("convert", "official", "native", source, tmp_path / "native").code == 0
+    assert run_command("grow", tmp_path / "native", "--out", tmp_path / "grown", "--factor", 2).code == 0
+    done = run_command("convert", "native", "official", tmp_path / "grown", tmp_path / "back")
+    assert done.code == 0
+    assert "qkv: tau 3 is not n = 6, so 8 parameter tokens were appended to each layer" in done.out
+    back = run_command("convert", "official", "native", tmp_path / "back", tmp_path / "again")
+    assert back.code == 0
+
+
+def test_what_the_authors_code_cannot_compute(run_command, make_tokenformer, tmp_path: Path) -> None:
+    save_model(make_tokenformer(norm_activation="gelu"), tmp_path / "native")
+    done = run_command("convert", "native", "official", tmp_path / "native", tmp_path / "back")
+    assert (done.code, done.out) == (2, "")
+    assert "norm_activation 'gelu': the authors' code has no weight function without a norm" in done.err
+    assert not (tmp_path / "back").exists()

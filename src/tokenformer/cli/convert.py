@@ -12,12 +12,19 @@ _EXAMPLES = """
 
 `tokenformer convert official native TokenFormer-150M models/150m` : a checkpoint of the authors' code
 (`config.json` and `pytorch_model.bin`) to a model directory
+
+`tokenformer convert native official models/mine checkpoint` : a model or run directory to a checkpoint for the authors'
+code; a grown model is rewritten to compute the same there
 """
 
 
 def convert(
-    source_format: Annotated[str, typer.Argument(metavar="FROM", help="The format of SRC: `official`.")],
-    target_format: Annotated[str, typer.Argument(metavar="TO", help="The format of DST: `native`.")],
+    source_format: Annotated[
+        str, typer.Argument(metavar="FROM", help="The format of SRC: `official` or `native`.")
+    ],
+    target_format: Annotated[
+        str, typer.Argument(metavar="TO", help="The format of DST: `native` or `official`.")
+    ],
     source: Annotated[Path, typer.Argument(metavar="SRC", help="The directory to read.")],
     target: Annotated[Path, typer.Argument(metavar="DST", help="The directory to write; new or empty.")],
 ) -> None:
@@ -31,7 +38,10 @@ def convert(
         f"{config.class_name}, {config.num_parameters():,} parameters, context {config.max_position_embeddings}"
     )
     print(f"{converted.tensors} tensors ({converted.dtype}) mapped, none left over; {tokenizer}")
-    print(f"Written to {converted.directory}. Next: tokenformer inspect {converted.directory}")
+    for change in converted.changes:
+        print(change)
+    following = f" Next: tokenformer inspect {converted.directory}" if target_format == "native" else ""
+    print(f"Written to {converted.directory}.{following}")
 
 
 def register(app: typer.Typer) -> None:

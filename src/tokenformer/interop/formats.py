@@ -14,8 +14,9 @@ from tokenformer.models.config import DecoderConfig
 class Converted(NamedTuple):
     """What a conversion wrote.
 
-    ``tensors``: how many were mapped; ``dtype``: of the source (``float32``, ...); ``has_tokenizer``: whether a
-    ``tokenizer.json`` came along.
+    ``config``: of the model that was written; ``tensors``: how many were mapped; ``dtype``: of the authors' file
+    (``float32``, ...); ``has_tokenizer``: whether a ``tokenizer.json`` came along; ``changes``: what had to be
+    rewritten for the same function, in words; without any, weights are the same bit for bit.
     """
 
     directory: Path
@@ -23,11 +24,15 @@ class Converted(NamedTuple):
     tensors: int
     dtype: str
     has_tokenizer: bool
+    changes: tuple[str, ...] = ()
 
 
 Convert = Callable[[Path, Path], Converted]
 
-_CONVERSIONS = {("official", "native"): "tokenformer.interop.official:official_to_native"}
+_CONVERSIONS = {
+    ("official", "native"): "tokenformer.interop.official:official_to_native",
+    ("native", "official"): "tokenformer.interop.official_export:native_to_official",
+}
 
 
 def find_conversion(source_format: str, target_format: str) -> Convert:

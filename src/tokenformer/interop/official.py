@@ -117,7 +117,7 @@ def official_to_native(source: Path, target: Path) -> Converted:
     tokenizer = _load_tokenizer(source, native.vocab_size)
     weights = _read_weights(weights_path)
     expected = tensor_map(official)
-    _check_weights(weights, expected, weights_path)
+    check_weights(weights, expected, weights_path)
 
     with torch.device("meta"):  # no weights are drawn only to be replaced
         model: LanguageModel = model_class(native.architecture)(native)
@@ -159,7 +159,12 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     return weights
 
 
-def _check_weights(weights: dict[str, Tensor], expected: dict[str, NativeTensor], path: Path) -> None:
+def check_weights(weights: dict[str, Tensor], expected: dict[str, NativeTensor], path: Path) -> None:
+    """Compare keys, shapes and dtypes with ``expected``, and look for NaN; ``path`` opens every error line.
+
+    Raises:
+        TokenFormerError: what is wrong, each tensor named.
+    """
     problems = []
     missing = [key for key in expected if key not in weights]
     if missing:
