@@ -16,7 +16,7 @@ _EXAMPLES = """
 
 `tokenformer train recipes/small.yaml optimizer.lr=3e-4 steps=2000 --out runs/lower-lr`
 
-`tokenformer train recipes/ladder.yaml stages.1.grow.factor=4` : train, grow, train, in one run
+`tokenformer train recipes/ladder.yaml stages.1.grow.factor=3` : train, grow, train, in one run
 
 `tokenformer train recipes/ladder.yaml --resume` : goes on exactly where it stopped
 """

@@ -82,4 +82,5 @@ def process_settings(parallel: ParallelConfig, *, deterministic: bool) -> Iterat
         yield
     finally:
         torch.set_num_threads(threads)
-        torch.use_deterministic_algorithms(was_deterministic)
+        if deterministic:
+            torch.use_deterministic_algorithms(was_deterministic)
