@@ -43,4 +43,4 @@ def test_a_plan_that_is_damaged(tmp_path: Path, run_command: RunCommand) -> None
     (tmp_path / "data").mkdir()
     refused = run_command("quickstart", "--out", tmp_path)
     assert refused.code == 2
-    assert "invalid YAML at line" in refused.err
+    assert f"{tmp_path / 'plan.yaml'}: invalid YAML at line 2" in refused.err

@@ -203,8 +203,10 @@ def test_the_report_of_a_run_is_replaced(tmp_path: Path) -> None:
 
 def test_the_table_says_where_each_run_ended() -> None:
     points = [Point(1e6, 10, 1.0, 3.0), Point(2.5e9, 2000, 2.0, 2.0)]
-    table = curves_table([Curve("a", points, [], []), Curve("b", [], points[:1], [])])
+    curves = [Curve("a", points, [], []), Curve("b", [], points[:1], []), Curve("c", points, points[:1], [])]
+    table = curves_table(curves)
     assert table.rows == [
         ("a", "2k", "2.5G", "2", "2.0000", "-"),
         ("b", "10", "1M", "1", "-", "3.0000"),
+        ("c", "2k", "2.5G", "2", "2.0000", "3.0000"),
     ]

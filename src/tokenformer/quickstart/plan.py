@@ -104,10 +104,14 @@ def load_plan(overrides: Sequence[str] = ()) -> QuickstartPlan:
     return parse_plan(text, overrides)
 
 
-def parse_plan(text: str, overrides: Sequence[str] = ()) -> QuickstartPlan:
-    """A plan from YAML text."""
-    values = apply_overrides(parse_mapping(text, _SOURCE, "the plan of a quickstart"), overrides)
-    return validate(QuickstartPlan, values, source=_SOURCE)
+def parse_plan(text: str, overrides: Sequence[str] = (), *, source: str = _SOURCE) -> QuickstartPlan:
+    """A plan from YAML text; ``source`` opens error messages.
+
+    Raises:
+        TokenFormerError: no valid YAML, or wrong fields.
+    """
+    values = apply_overrides(parse_mapping(text, source, "the plan of a quickstart"), overrides)
+    return validate(QuickstartPlan, values, source=source)
 
 
 def _only_stage(config: RunConfig) -> StageConfig:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from tokenformer.errors import TokenFormerError
-from tokenformer.files import read_json, write_json, write_text
+from tokenformer.files import read_json, read_text, write_json, write_text
 from tokenformer.generation.config import SamplingConfig
 from tokenformer.generation.engine import generate
 from tokenformer.growth.measure import logit_change
@@ -76,7 +76,7 @@ def _claim(plan: QuickstartPlan, out: Path) -> None:
     """Note the plan in a directory that holds nothing yet; accept one that was begun with the same plan."""
     note = out / PLAN_FILE
     if note.is_file() and any(entry != note for entry in out.iterdir()):
-        if parse_plan(note.read_text("utf-8")) != plan:
+        if parse_plan(read_text(note, "the plan of a quickstart"), source=str(note)) != plan:
             raise TokenFormerError(
                 f"{out}: holds a quickstart with another plan ({note}); name another --out"
             )

@@ -41,7 +41,8 @@ def curves_table(curves: Sequence[Curve]) -> Table:
     """What each run spent, and where it ended."""
     rows = []
     for curve in curves:
-        last = (curve.validation or curve.training)[-1]
+        ends = [points[-1] for points in (curve.training, curve.validation) if points]
+        last = max(ends, key=lambda point: point.flops)
         validation = f"{curve.validation[-1].value:.4f}" if curve.validation else "-"
         training = f"{curve.training[-1].value:.4f}" if curve.training else "-"
         spent = (short_number(last.tokens), short_number(last.flops), f"{last.seconds:.0f}")
