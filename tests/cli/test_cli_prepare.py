@@ -6,7 +6,11 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import zstandard
+from datasets import Dataset
 
 from tokenformer.language.data_directory import DataDirectory
 
@@ -60,6 +64,44 @@ def test_all_options_together(run_command: RunCommand, book: Path, tmp_path: Pat
     assert two.info.splits["validation"].utf8_bytes == pytest.approx(len(LINES) / 4, abs=30)
 
 
+def test_rules_and_sources_of_many_kinds(run_command: RunCommand, tmp_path: Path) -> None:
+    (tmp_path / "b.jsonl.zst").write_bytes(zstandard.compress(b'{"text": "second"}\n{"text": 1}\n'))
+    (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress(b'{"text": "first"}\n{"text": "tiny"}\n'))
+    pq.write_table(pa.table({"text": ["third", "first"]}), tmp_path / "t.parquet")
+    Dataset.from_dict({"text": ["fourth"]}).save_to_disk(tmp_path / "saved")
+    (tmp_path / "v.json").write_text('["held out"]')
+    sources = [tmp_path / "t.parquet", tmp_path / "*.zst", tmp_path / "saved"]
+    options = [
+        "--deduplicate",
+        "--min-length",
+        "5",
+        "--on-error",
+        "skip",
+        "--validation",
+        tmp_path / "v.json",
+    ]
+    code, printed, errors = run_command("prepare", *sources, "--out", tmp_path / "data", *options)
+    assert code == 0, errors
+    data = DataDirectory.open(tmp_path / "data")
+    store = data.split("train")
+    found = [data.tokenizer.decode(store.document(i)[:-1]) for i in range(store.num_documents)]
+    assert found == ["third", "first", "second", "fourth"]
+    assert "documents: at least 5 characters, without duplicates, on error skip" in printed
+    for reason in ("1 duplicate", "1 not a string", "1 too short"):
+        assert f"skipped: {reason}" in printed
+
+
+def test_a_dataset_out_of_reach_names_the_local_way(
+    run_command: RunCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    code, _, errors = run_command("prepare", "hf:nobody/nothing", "--out", tmp_path / "data")
+    assert code == 2
+    assert "hf download --repo-type dataset nobody/nothing" in " ".join(errors.split())
+    assert not (tmp_path / "data").exists()
+
+
 def test_the_default_corpus(run_command: RunCommand, tmp_path: Path) -> None:
     code, printed, errors = run_command("prepare", "default", "--out", tmp_path / "data")
     assert code == 0, errors
@@ -81,6 +123,13 @@ def test_the_default_corpus(run_command: RunCommand, tmp_path: Path) -> None:
         ("a.txt", b"x\ny\n", ["--tokenizer", "bpe:12"], "tokenizer: found 'bpe:12'"),
         ("a.txt", b"x\ny\n", ["--tokenizer", "no.json"], "tokenizer: found 'no.json', expected byte, bpe:N"),
         ("a.txt", b"x\ny\n", ["--validation-fraction", "2"], "validation_fraction: found 2.0"),
+        ("a.json", b'["x",\n{"body": 1}]', [], "a.json:2: no field 'text'; found body"),
+        ("a.txt.zst", b"text", [], "a.txt.zst: damaged or not a .zst file"),
+        ("a.parquet", b"text", [], "a.parquet: damaged or not a .parquet file"),
+        ("a.txt", b"x\ny\n", ["*.parquet"], "*.parquet: no file or folder matches this glob"),
+        ("a.txt", b"x\ny\n", ["hf::x"], "hf::x: expected hf:NAME[:config][:split]"),
+        ("a.txt", b"x\ny\n", ["--on-error", "ignore"], "Invalid value for '--on-error'"),
+        ("a.txt", b"x\ny\n", ["--min-length", "-1"], "Invalid value for '--min-length'"),
         ("a.txt", b"x\ny\n", ["--validation", "nowhere"], "nowhere: no such file or folder"),
         ("b.txt", b"x\ny\n", ["a.txt"], "a.txt: no such file or folder"),
     ],

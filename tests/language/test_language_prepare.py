@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tokenformer.errors import TokenFormerError
 from tokenformer.language import prepare as prepare_module
-from tokenformer.language.data_directory import DataDirectory
+from tokenformer.language.data_directory import DataDirectory, DocumentRules
 from tokenformer.language.prepare import prepare
 from tokenformer.language.tokenizers import load_tokenizer
 
@@ -155,6 +155,84 @@ def test_empty_and_binary_files_are_counted(tmp_path: Path) -> None:
         (folder / name).write_bytes(content)
     data = prepare([folder], tmp_path / "data")
     assert data.info.skipped == {"binary": 1, "empty": 1}
+
+
+class TestRules:
+    @pytest.fixture
+    def mixed(self, tmp_path: Path) -> Path:
+        path = tmp_path / "mixed.jsonl"
+        lines = [json.dumps({"text": text}) for text in ("größe", "a", "größe", "", "longer", "größe ", "a")]
+        path.write_text("\n".join([*lines[:2], "{", *lines[2:], '{"body": 1}']))
+        return path
+
+    @pytest.mark.parametrize(
+        ("rules", "expected", "skipped"),
+        [
+            ({}, ["größe", "a", "größe", "longer", "größe ", "a"], {}),
+            ({"min_length": 1}, ["größe", "a", "größe", "longer", "größe ", "a"], {}),
+            ({"min_length": 5}, ["größe", "größe", "longer", "größe "], {"too short": 2}),
+            ({"min_length": 6}, ["longer", "größe "], {"too short": 4}),
+            ({"deduplicate": True}, ["größe", "a", "longer", "größe "], {"duplicate": 2}),
+            (
+                {"deduplicate": True, "min_length": 2},
+                ["größe", "longer", "größe "],
+                {"duplicate": 1, "too short": 2},
+            ),
+        ],
+    )
+    def test_what_is_left_out_is_counted_and_recorded(
+        self, mixed: Path, tmp_path: Path, rules: dict, expected: list[str], skipped: dict[str, int]
+    ) -> None:
+        (tmp_path / "v.txt").write_text("held out")
+        wanted = DocumentRules(on_error="skip", **rules)
+        data = prepare([mixed], tmp_path / "data", validation=[tmp_path / "v.txt"], rules=wanted)
+        assert read_back(data, "train") == expected
+        always = {"empty": 1, "invalid JSON": 1, "without the text field": 1}
+        assert data.info.skipped == dict(sorted({**always, **skipped}.items()))
+        recorded = json.loads((tmp_path / "data" / "dataset.json").read_text())["rules"]
+        assert recorded == {"min_length": 0, "deduplicate": False, **rules, "on_error": "skip"}
+        digests = [hashlib.sha256(text.encode()).digest() for text in [*expected, "held out"]]
+        assert data.info.corpus_sha256 == hashlib.sha256(b"".join(digests)).hexdigest()
+
+    def test_duplicates_are_found_across_sources_and_kept_out_of_validation(self, tmp_path: Path) -> None:
+        for name, words in {"a": "one two", "b": "two three one", "v": "three four"}.items():
+            (tmp_path / f"{name}.json").write_text(json.dumps(words.split()))
+        sources = [tmp_path / "b.json", tmp_path / "a.json"]
+        rules = DocumentRules(deduplicate=True)
+        data = prepare(sources, tmp_path / "data", validation=[tmp_path / "v.json"], rules=rules)
+        assert read_back(data, "train") == ["two", "three", "one"]
+        assert read_back(data, "validation") == ["four"]
+        assert data.info.skipped == {"duplicate": 3}
+
+    @pytest.mark.parametrize("tokenizer", ["byte", "bpe:300"])
+    def test_removing_duplicates_is_as_if_they_had_never_been(self, tmp_path: Path, tokenizer: str) -> None:
+        twice = [text for text in TEXTS for _ in range(2)]
+        (tmp_path / "once.json").write_text(json.dumps(TEXTS))
+        (tmp_path / "twice.json").write_text(json.dumps(twice))
+        prepare([tmp_path / "once.json"], tmp_path / "one", tokenizer=tokenizer)
+        rules = DocumentRules(deduplicate=True)
+        prepare([tmp_path / "twice.json"], tmp_path / "two", tokenizer=tokenizer, rules=rules)
+        one, two = files_of(tmp_path / "one"), files_of(tmp_path / "two")
+        del one["dataset.json"], two["dataset.json"]
+        assert one == two
+
+    def test_broken_documents_stop_by_default_and_leave_nothing(self, mixed: Path, tmp_path: Path) -> None:
+        with pytest.raises(TokenFormerError, match=r"mixed\.jsonl:3: invalid JSON at column"):
+            prepare([mixed], tmp_path / "data")
+        assert [path.name for path in tmp_path.iterdir()] == ["mixed.jsonl"]
+
+    def test_where_nothing_is_left_the_reasons_are_named(self, tmp_path: Path) -> None:
+        (tmp_path / "a.jsonl").write_text('{"text": "ab"}\n{\n')
+        rules = DocumentRules(min_length=3, on_error="skip")
+        with pytest.raises(TokenFormerError, match=r"an empty corpus.*skipped: 1 invalid JSON, 1 too short"):
+            prepare([tmp_path / "a.jsonl"], tmp_path / "data", rules=rules)
+
+    def test_directories_of_before_the_rules_are_opened(self, corpus: Path, tmp_path: Path) -> None:
+        prepare([corpus], tmp_path / "data")
+        info = json.loads((tmp_path / "data" / "dataset.json").read_text())
+        del info["rules"]
+        (tmp_path / "data" / "dataset.json").write_text(json.dumps(info))
+        assert DataDirectory.open(tmp_path / "data").info.rules == DocumentRules()
 
 
 def test_a_large_vocabulary_is_stored_wider(tmp_path: Path) -> None:

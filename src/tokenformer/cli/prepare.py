@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tokenformer.language.sources.records import OnError
+
 if TYPE_CHECKING:
     from tokenformer.language.data_directory import DataDirectory
 
@@ -18,6 +20,10 @@ _EXAMPLES = """
 `tokenformer prepare book.txt notes/ corpus.jsonl.xz --out data/mine --tokenizer bpe:8192`
 
 `tokenformer prepare train.jsonl --validation held-out.jsonl --out data/mine --tokenizer tokenizer.json`
+
+`tokenformer prepare 'corpus/*.jsonl.zst' table.parquet --out data/mine --deduplicate --min-length 100 --on-error skip`
+
+`tokenformer prepare hf:roneneldan/TinyStories --validation hf:roneneldan/TinyStories::validation --out data/stories`
 """
 
 
@@ -26,8 +32,11 @@ def prepare(
         list[str],
         typer.Argument(
             metavar="SOURCE",
-            help="Text files, folders (read recursively) and .jsonl files, each also as .xz or .gz; "
-            "or `default`: the Python source files of this interpreter's standard library.",
+            help="Text files, .jsonl and .json (each also as .gz, .xz, .bz2, .zst), .parquet, .arrow, datasets "
+            "written by save_to_disk, folders of these (read recursively), quoted globs; `hf:NAME[:config][:split]`, "
+            "streamed from the Hugging Face hub at each of two or three passes (split `train` unless given); or "
+            "`default`: the Python source files of this interpreter's standard library. .zst, .parquet, .arrow and "
+            "hf: need `pip install 'tokenformer[data]'`.",
             show_default=False,
         ),
     ],
@@ -59,8 +68,22 @@ def prepare(
         ),
     ] = None,
     text_field: Annotated[
-        str, typer.Option(metavar="NAME", help="The field of a .jsonl line that holds its text.")
+        str,
+        typer.Option(metavar="NAME", help="The field of a JSON object, or the column, that holds the text."),
     ] = "text",
+    min_length: Annotated[
+        int, typer.Option(metavar="N", min=0, help="Leave out documents of fewer characters.")
+    ] = 0,
+    deduplicate: Annotated[
+        bool, typer.Option("--deduplicate", help="Keep only the first of documents with the same text.")
+    ] = False,
+    on_error: Annotated[
+        OnError,
+        typer.Option(
+            help="A broken document (not UTF-8, invalid JSON, no text field) stops with its file and line, or is "
+            "skipped and counted.",
+        ),
+    ] = "stop",
     eos_token: Annotated[
         str | None,
         typer.Option(
@@ -71,6 +94,7 @@ def prepare(
     ] = None,
 ) -> None:
     """Turn documents into a data directory: token stores, tokenizer.json and dataset.json."""
+    from tokenformer.language.data_directory import DocumentRules
     from tokenformer.language.prepare import prepare as prepare_data
 
     data = prepare_data(
@@ -80,6 +104,7 @@ def prepare(
         validation=validation or (),
         validation_fraction=validation_fraction,
         text_field=text_field,
+        rules=DocumentRules(min_length=min_length, deduplicate=deduplicate, on_error=on_error),
         eos_token=eos_token,
     )
     _print_summary(data)
@@ -94,6 +119,11 @@ def _print_summary(data: DataDirectory) -> None:
         for name, split in info.splits.items()
     ]
     print_tables([Table(str(data.path), ("split", "documents", "tokens", "UTF-8 bytes"), splits)])
+    rules = info.rules
+    typer.echo(
+        f"documents: at least {count(rules.min_length)} characters, "
+        f"{'without' if rules.deduplicate else 'with'} duplicates, on error {rules.on_error}"
+    )
     for reason, number in info.skipped.items():
         typer.echo(f"skipped: {count(number)} {reason}")
     typer.echo(f"tokenizer: {info.tokenizer}, {count(info.vocab_size)} ids")

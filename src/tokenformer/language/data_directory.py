@@ -9,6 +9,7 @@ from pydantic import Field
 
 from tokenformer.errors import TokenFormerError
 from tokenformer.files import read_json
+from tokenformer.language.sources.records import OnError
 from tokenformer.language.store import TokenStore
 from tokenformer.language.tokenizers import Tokenizer, load_tokenizer
 from tokenformer.models.config import DecoderConfig
@@ -41,13 +42,29 @@ class SplitRule(StrictModel):
     cut: Count | None = None
 
 
+class DocumentRules(StrictModel):
+    """Which documents of the sources are taken.
+
+    ``min_length`` counts characters. ``deduplicate`` keeps the first of equal texts, validation documents that are
+    given apart included. ``on_error`` says whether a broken document ends the work or is left out and counted.
+    """
+
+    min_length: Count = 0
+    deduplicate: bool = False
+    on_error: OnError = "stop"
+
+
 class DatasetInfo(StrictModel):
-    """The content of ``dataset.json``. ``corpus_sha256`` is a hash of all texts in their order."""
+    """The content of ``dataset.json``. ``corpus_sha256`` is a hash of all texts taken, in their order.
+
+    ``skipped`` counts by reason what was left out of the sources.
+    """
 
     format_version: Literal[1] = 1
     sources: list[str]
     validation_sources: list[str]
     text_field: str
+    rules: DocumentRules = DocumentRules()
     split_rule: SplitRule
     splits: dict[SplitName, SplitInfo]
     skipped: dict[str, Count]

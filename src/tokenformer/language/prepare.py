@@ -16,6 +16,7 @@ from tokenformer.language.data_directory import (
     SPLIT_NAMES,
     DataDirectory,
     DatasetInfo,
+    DocumentRules,
     SplitInfo,
     SplitRule,
 )
@@ -43,6 +44,7 @@ def prepare(
     validation: Sequence[str | Path] = (),
     validation_fraction: float | None = None,
     text_field: str = "text",
+    rules: DocumentRules | None = None,
     eos_token: str | None = None,
 ) -> DataDirectory:
     """Write the data directory ``out``; the same input gives the same bytes.
@@ -51,7 +53,8 @@ def prepare(
     Without ``validation``, ``validation_fraction`` (0.05) of the documents is held out by a hash of their
     text, or, where that would leave a side empty, the end of the text. ``tokenizer`` is ``byte``, ``bpe:N``
     (trained on the training documents, N ids in all) or a file or directory with a ``tokenizer.json``;
-    ``eos_token`` names the end-of-document token of such a file.
+    ``eos_token`` names the end-of-document token of such a file. Without ``rules`` every document that is not
+    empty is taken.
 
     Raises:
         TokenFormerError: wrong options, unreadable sources, an empty corpus, one too small to be divided, or
@@ -61,7 +64,8 @@ def prepare(
     fraction = _check_fraction(validation_fraction, bool(validation))
     bpe_size = _bpe_size(str(tokenizer))
     given = None if bpe_size else _given_tokenizer(tokenizer, eos_token)
-    corpus = Corpus(sources, validation, text_field)
+    rules = rules or DocumentRules()
+    corpus = Corpus(sources, validation, text_field, rules)
 
     with progress_bar("reading", None, "MB") as bar:
         survey = corpus.survey(fraction, lambda text: bar.advance(len(text) / 1e6))
@@ -75,6 +79,7 @@ def prepare(
             sources=[str(source) for source in sources],
             validation_sources=[str(source) for source in validation],
             text_field=text_field,
+            rules=rules,
             split_rule=rule,
             splits=splits,
             skipped=dict(sorted(corpus.skipped.items())),

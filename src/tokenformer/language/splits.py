@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tokenformer.errors import TokenFormerError
-from tokenformer.language.data_directory import SplitRule
+from tokenformer.language.data_directory import DocumentRules, SplitRule
 from tokenformer.language.documents import check_sources, read_documents
 
 
@@ -18,6 +18,14 @@ class Part(NamedTuple):
 
     split: str
     text: str
+
+
+class _Content(NamedTuple):
+    """A text that is taken, its UTF-8 bytes and their SHA-256."""
+
+    text: str
+    utf8: bytes
+    digest: bytes
 
 
 class Survey(NamedTuple):
@@ -30,7 +38,7 @@ class Survey(NamedTuple):
 
 
 class Corpus:
-    """Documents of several sources, read anew at each pass; empty texts are left out.
+    """Documents of several sources that meet the rules, read anew at each pass; empty texts are left out.
 
     ``skipped`` counts, by reason, what the latest pass left out.
 
@@ -39,7 +47,11 @@ class Corpus:
     """
 
     def __init__(
-        self, sources: Sequence[str | Path], validation_sources: Sequence[str | Path], text_field: str
+        self,
+        sources: Sequence[str | Path],
+        validation_sources: Sequence[str | Path],
+        text_field: str,
+        rules: DocumentRules,
     ) -> None:
         check_sources(sources)
         if validation_sources:
@@ -47,6 +59,7 @@ class Corpus:
         self._sources = list(sources)
         self._validation_sources = list(validation_sources)
         self._text_field = text_field
+        self._rules = rules
         self.skipped: Counter[str] = Counter()
 
     def survey(self, validation_fraction: float, on_text: Callable[[str], None]) -> Survey:
@@ -55,43 +68,73 @@ class Corpus:
         Raises:
             TokenFormerError: there is no text, or a source cannot be read.
         """
-        self.skipped.clear()
         corpus_hash = hashlib.sha256()
+        first_seen = self._begin_pass()
         documents = utf8_bytes = held_out = 0
         for sources in filter(None, (self._sources, self._validation_sources)):
             before = documents
-            for text in self._texts(sources):
-                content = text.encode("utf-8")
-                digest = hashlib.sha256(content).digest()
-                corpus_hash.update(digest)
+            for content in self._contents(sources, first_seen):
+                corpus_hash.update(content.digest)
                 documents += 1
-                utf8_bytes += len(content)
-                held_out += _hash_fraction(digest) < validation_fraction
-                on_text(text)
+                utf8_bytes += len(content.utf8)
+                held_out += _hash_fraction(content.digest) < validation_fraction
+                on_text(content.text)
             if documents == before:
                 raise TokenFormerError(self._nothing_in(sources))
         return Survey(documents, utf8_bytes, held_out, corpus_hash.hexdigest())
 
     def parts(self, rule: SplitRule) -> Iterator[Part]:
         """All texts with their splits, in a fixed order."""
-        self.skipped.clear()
-        yield from _divide(self._texts(self._sources), rule)
-        for text in self._texts(self._validation_sources):
-            yield Part("validation", text)
+        first_seen = self._begin_pass()
+        yield from _divide(self._contents(self._sources, first_seen), rule)
+        for content in self._contents(self._validation_sources, first_seen):
+            yield Part("validation", content.text)
 
-    def _texts(self, sources: Sequence[str | Path]) -> Iterator[str]:
+    def _begin_pass(self) -> Callable[[bytes], bool]:
+        self.skipped.clear()
+        return _FirstSeen() if self._rules.deduplicate else lambda digest: True
+
+    def _contents(
+        self, sources: Sequence[str | Path], first_seen: Callable[[bytes], bool]
+    ) -> Iterator[_Content]:
+        for text in self._long_enough(sources):
+            utf8 = text.encode("utf-8")
+            digest = hashlib.sha256(utf8).digest()
+            if first_seen(digest):
+                yield _Content(text, utf8, digest)
+            else:
+                self.skipped["duplicate"] += 1
+
+    def _long_enough(self, sources: Sequence[str | Path]) -> Iterator[str]:
+        rules = self._rules
         for source in sources:
-            for document in read_documents(source, text_field=self._text_field, skipped=self.skipped):
-                if document.text:
-                    yield document.text
-                else:
+            for document in read_documents(
+                source, text_field=self._text_field, on_error=rules.on_error, skipped=self.skipped
+            ):
+                if not document.text:
                     self.skipped["empty"] += 1
+                elif len(document.text) < rules.min_length:
+                    self.skipped["too short"] += 1
+                else:
+                    yield document.text
 
     def _nothing_in(self, sources: Sequence[str | Path]) -> str:
         skipped = ", ".join(f"{count} {reason}" for reason, count in sorted(self.skipped.items()))
         return f"{', '.join(map(str, sources))}: an empty corpus: found no text" + (
-            f" (skipped files: {skipped})" if skipped else ""
+            f" (skipped: {skipped})" if skipped else ""
         )
+
+
+class _FirstSeen:
+    """Whether a text comes for the first time, by half of its hash: about 100 bytes of memory a text."""
+
+    def __init__(self) -> None:
+        self._seen: set[bytes] = set()
+
+    def __call__(self, digest: bytes) -> bool:
+        before = len(self._seen)
+        self._seen.add(digest[:16])
+        return len(self._seen) > before
 
 
 def choose_rule(survey: Survey, validation_fraction: float) -> SplitRule:
@@ -102,29 +145,27 @@ def choose_rule(survey: Survey, validation_fraction: float) -> SplitRule:
     return SplitRule(method="tail", validation_fraction=validation_fraction, cut=cut)
 
 
-def _divide(texts: Iterable[str], rule: SplitRule) -> Iterator[Part]:
+def _divide(contents: Iterable[_Content], rule: SplitRule) -> Iterator[Part]:
     if rule.method == "tail":
         assert rule.cut is not None
-        yield from _divide_at(texts, rule.cut)
+        yield from _divide_at(contents, rule.cut)
         return
-    for text in texts:
-        digest = hashlib.sha256(text.encode("utf-8")).digest()
-        held_out = rule.method == "content_hash" and _hash_fraction(digest) < (rule.validation_fraction or 0)
-        yield Part("validation" if held_out else "train", text)
+    fraction = (rule.validation_fraction or 0) if rule.method == "content_hash" else 0
+    for content in contents:
+        yield Part("validation" if _hash_fraction(content.digest) < fraction else "train", content.text)
 
 
-def _divide_at(texts: Iterable[str], cut: int) -> Iterator[Part]:
+def _divide_at(contents: Iterable[_Content], cut: int) -> Iterator[Part]:
     start = 0
-    for text in texts:
-        content = text.encode("utf-8")
-        end = start + len(content)
+    for text, utf8, _ in contents:
+        end = start + len(utf8)
         if end <= cut:
             yield Part("train", text)
         elif cut <= start and start > 0:
             yield Part("validation", text)
         else:
-            position = _boundary(content, cut - start, first=start == 0)
-            for split, side in (("train", content[:position]), ("validation", content[position:])):
+            position = _boundary(utf8, cut - start, first=start == 0)
+            for split, side in (("train", utf8[:position]), ("validation", utf8[position:])):
                 if side:
                     yield Part(split, side.decode("utf-8"))
         start = end
