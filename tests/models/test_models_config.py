@@ -213,7 +213,7 @@ def test_initial_spread_of_a_tokenformer(initializer: str) -> None:
             assert torch.equal(parameter, torch.full_like(parameter, float(name.endswith("weight"))))
             continue
         if role in ("embedding", "head"):
-            expected = 0.02
+            expected = 0.02 if initializer == "published" else (2 / (5 * 128)) ** 0.5
         elif "key_tokens" in name:
             expected = 0.02 if initializer == "published" else 128**-0.5
         elif initializer == "published":
@@ -237,9 +237,9 @@ def test_initial_spread_of_a_transformer(initializer: str) -> None:
     )
     small, wang = (2 / (5 * 128)) ** 0.5, 2 / (3 * 128**0.5)
     expected = {
-        "embedding": (0.02, small),
-        "query": (128**-0.5, small),
-        "up": (128**-0.5, small),
+        "embedding": (small, small),
+        "query": (small, small),
+        "up": (small, small),
         "proj": ((6 * 128) ** -0.5, wang),
         "down": ((6 * 200) ** -0.5, wang),
     }

@@ -22,6 +22,11 @@ def resolve_model_directory(path: Path | str) -> Path:
         TokenFormerError: neither is there; the message says what was found.
     """
     path = Path(path)
+    if (path / "state.json").is_file():
+        raise TokenFormerError(
+            f"{path}: a training checkpoint; expected a model directory or a run directory "
+            "(whose model/ is the newest export)"
+        )
     if is_model_directory(path):
         return path
     if is_model_directory(path / "model"):

@@ -7,9 +7,13 @@ import math
 from tokenformer.layers.pattention import TokenInit
 from tokenformer.models.tokenformer.config import TokenFormerConfig
 
-EMBEDDING_STD = 0.02
 VALUE_GAIN = 0.5
 """Of ``fan_in``: values half as loud as 1/sqrt(n) learn faster (docs/quickstart.md)."""
+
+
+def embedding_std(config: TokenFormerConfig) -> float:
+    """Of embeddings, and of an untied head: 0.02 as ``published``; sqrt(2 / (5 d)) ("small init") with ``fan_in``."""
+    return 0.02 if config.initializer == "published" else math.sqrt(2 / (5 * config.hidden_size))
 
 
 def token_init(config: TokenFormerConfig, role: str) -> TokenInit:

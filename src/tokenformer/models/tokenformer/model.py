@@ -10,7 +10,7 @@ from tokenformer.layers.block import Block, Head
 from tokenformer.layers.pattention import Pattention
 from tokenformer.models.decoder import Decoder, draw_normal
 from tokenformer.models.tokenformer.config import TokenFormerConfig
-from tokenformer.models.tokenformer.initialization import EMBEDDING_STD, token_init
+from tokenformer.models.tokenformer.initialization import embedding_std, token_init
 
 
 class TokenFormer(Decoder):
@@ -29,9 +29,9 @@ class TokenFormer(Decoder):
 
     def __init__(self, config: TokenFormerConfig, generator: torch.Generator | None = None) -> None:
         super().__init__(config, [_block(config, generator) for _ in range(config.num_hidden_layers)])
-        draw_normal(self.embedding.weight, EMBEDDING_STD, generator)
+        draw_normal(self.embedding.weight, embedding_std(config), generator)
         if isinstance(self.head, Head):
-            draw_normal(self.head.weight, EMBEDDING_STD, generator)
+            draw_normal(self.head.weight, embedding_std(config), generator)
 
 
 def _block(config: TokenFormerConfig, generator: torch.Generator | None) -> Block:

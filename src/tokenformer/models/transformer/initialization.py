@@ -19,11 +19,11 @@ class WeightStd(NamedTuple):
 
 
 def weight_std(config: TransformerConfig) -> WeightStd:
-    """``published`` (GPT-NeoX, Pythia): "small init" sqrt(2 / (5 d)) and, where the output joins the residual
-    stream, "Wang init" 2 / (L sqrt(d)). ``fan_in``: 1/sqrt(inputs), there divided by sqrt(2 L)."""
+    """"Small init" sqrt(2 / (5 d)); where the output joins the residual stream ``published`` (GPT-NeoX, Pythia) has
+    "Wang init" 2 / (L sqrt(d)), ``fan_in`` 1/sqrt(2 L inputs)."""
     layers, d, m = config.num_hidden_layers, config.hidden_size, config.mlp_size
+    small = math.sqrt(2 / (5 * d))
     if config.initializer == "published":
-        small, wang = math.sqrt(2 / (5 * d)), 2 / (layers * math.sqrt(d))
+        wang = 2 / (layers * math.sqrt(d))
         return WeightStd(small, small, wang, wang)
-    depth = math.sqrt(2 * layers)
-    return WeightStd(0.02, 1 / math.sqrt(d), 1 / (depth * math.sqrt(d)), 1 / (depth * math.sqrt(m)))
+    return WeightStd(small, small, 1 / math.sqrt(2 * layers * d), 1 / math.sqrt(2 * layers * m))
