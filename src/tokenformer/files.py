@@ -15,14 +15,15 @@ from tokenformer.errors import TokenFormerError
 
 
 def require_free(path: Path | str) -> Path:
-    """Refuse a path that already holds something.
+    """Refuse a path that already holds something, or that cannot be made.
 
     Raises:
-        TokenFormerError: ``path`` is a file or a directory that is not empty.
+        TokenFormerError: ``path`` is a file or a directory that is not empty, or lies where nothing can be written.
     """
     path = Path(path)
     if path.name in ("", ".."):
         raise TokenFormerError(f"{path}: expected the name of an output, which is then made")
+    _require_writable(path)
     try:
         if path.is_dir() and not any(path.iterdir()):
             return path
@@ -32,6 +33,17 @@ def require_free(path: Path | str) -> Path:
         what = "a directory with content" if path.is_dir() else "a file"
         raise TokenFormerError(f"{path}: {what} is already there; name another output or remove it first")
     return path
+
+
+def _require_writable(path: Path) -> None:
+    """Refuse an output below a file or in a directory that takes none, before hours of work go into it."""
+    for place in path.absolute().parents:
+        if place.is_dir():
+            if not os.access(place, os.W_OK):
+                raise TokenFormerError(f"{path}: could not be written ({place} is not writable)")
+            return
+        if place.exists():
+            raise TokenFormerError(f"{path}: could not be written ({place} is not a directory)")
 
 
 @contextmanager

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
@@ -12,6 +16,7 @@ from tokenformer.models.base import LanguageModel
 from tokenformer.models.registry import build_model
 from tokenformer.models.tokenformer.config import TokenFormerConfig
 from tokenformer.models.transformer.config import TransformerConfig
+from tokenformer.train.config import RunConfig
 from tokenformer.train.optimizer import (
     build_optimizer,
     check_roles_and_groups,
@@ -19,7 +24,10 @@ from tokenformer.train.optimizer import (
     named_state,
     set_learning_rate,
 )
+from tokenformer.train.run import train
 from tokenformer.train.sections import OptimizerConfig
+
+MakeConfig = Callable[..., RunConfig]
 
 
 def small_model(*, grown: bool = False) -> LanguageModel:
@@ -164,3 +172,28 @@ def test_nothing_to_train_is_refused() -> None:
     roles = ("embedding", "norm", "qkv", "proj", "ffn")
     with pytest.raises(TokenFormerError, match="nothing to train"):
         build_optimizer(small_model(), OptimizerConfig(frozen_roles=roles))
+
+
+@pytest.mark.parametrize(
+    "frozen",
+    [
+        {"frozen_groups": (0,), "frozen_roles": ("embedding", "norm")},
+        {"frozen_roles": ("embedding", "norm", "qkv", "proj", "ffn")},
+    ],
+)
+def test_a_run_that_trains_nothing_is_refused_before_it_starts(
+    frozen: dict[str, Any], make_config: MakeConfig, tmp_path: Path
+) -> None:
+    config = make_config(optimizer=frozen)
+    with pytest.raises(TokenFormerError, match="leave nothing to train"):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_beyond_the_memory_is_refused_before_it_is_built(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    config = make_config("model.ffn_param_tokens=100000000000000")
+    with pytest.raises(TokenFormerError, match=r"model: training .* parameters takes at least .* GiB"):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

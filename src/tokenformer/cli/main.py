@@ -52,10 +52,28 @@ def main() -> None:
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
         app(args=arguments, prog_name="tokenformer")
-    except TokenFormerError as error:
-        if debug:
+    except Exception as error:
+        message = _explain(error)
+        if debug or message is None:
             raise
         console = Console(stderr=True, highlight=False, soft_wrap=True)
         console.print("error:", style="bold red", end=" ")
-        console.print(str(error), markup=False)
+        console.print(message, markup=False)
         sys.exit(2)
+
+
+_LESS = "choose smaller sizes, or fewer sequences at a time (data.micro_batch_size, --batch-size)"
+
+
+def _explain(error: Exception) -> str | None:
+    """The one message for what a user can put right, None for a fault of ours."""
+    if isinstance(error, TokenFormerError):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    # torch has a type of its own for a full GPU, and none for full main memory
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return f"out of memory ({str(error).splitlines()[0] if str(error) else 'no more was given'}); {_LESS}"
+    if isinstance(error, RuntimeError) and "can't allocate memory" in str(error):
+        return f"out of memory; {_LESS}"
+    return None

@@ -31,7 +31,7 @@ class GrowthSpec(StrictModel):
     (zero keys), ``copies`` (whole multiples), ``random`` (the authors' way).
     """
 
-    factor: Annotated[float, Field(gt=1)] | None = None
+    factor: Annotated[float, Field(gt=1, le=1e6)] | None = None
     qkv: PositiveInt | None = None
     proj: PositiveInt | None = None
     ffn: PositiveInt | None = None

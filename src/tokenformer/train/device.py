@@ -42,6 +42,28 @@ def find_device(name: str = "auto") -> torch.device:
     return device
 
 
+def require_memory(needed: int, device: torch.device, what: str) -> None:
+    """Refuse what cannot fit, instead of being ended by the system in the middle of it.
+
+    Args:
+        needed: bytes, a lower bound.
+        device: whose memory counts; MPS shares the machine's.
+        what: opens the message.
+
+    Raises:
+        TokenFormerError: ``needed`` is more than the whole memory there.
+    """
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+    else:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > total:
+        raise TokenFormerError(
+            f"{what} takes at least {needed / 2**30:.3g} GiB of memory, but {device} has {total / 2**30:.3g} GiB; "
+            "choose smaller sizes"
+        )
+
+
 def compute_dtype(precision: PrecisionConfig, device: torch.device) -> torch.dtype:
     """dtype of the forward pass on ``device``.
 

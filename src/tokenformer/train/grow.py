@@ -22,7 +22,9 @@ from tokenformer.models.directory import load_model, save_model
 from tokenformer.models.paths import resolve_model_directory
 from tokenformer.models.registry import load_config
 from tokenformer.models.tokenformer.config import TokenFormerConfig
+from tokenformer.progress import short_number
 from tokenformer.train.checkpoint import read_checkpoint, write_checkpoint
+from tokenformer.train.device import require_memory
 from tokenformer.train.state import is_checkpoint
 
 EXACT_TOLERANCE = 1e-6
@@ -71,7 +73,13 @@ def grow_directory(
     from_checkpoint = is_checkpoint(source)
     directory = source if from_checkpoint else resolve_model_directory(source)
     config = load_config(directory)
-    grown_config(config, spec)  # refuses before any weights are read
+    larger = grown_config(config, spec)  # refuses before any weights are read
+    parameters = config.num_parameters() + larger.num_parameters()
+    require_memory(
+        4 * parameters,
+        torch.device("cpu"),
+        f"grow: the model and its larger copy, {short_number(parameters)} parameters,",
+    )
     tokens, measured_on = _tokens(config, directory, data, seed)
     write = _grow_checkpoint if from_checkpoint else _grow_model_directory
     return write(directory, out, spec, seed, tokens, measured_on)

@@ -51,6 +51,10 @@ def check_roles_and_groups(
             raise TokenFormerError(
                 f"{place}.{found}: expected a group from 0 to {num_groups - 1} at this stage"
             )
+    tokens = {model.role_of(name) for name, _ in model.named_parameters() if growth_group(name) is not None}
+    trained_groups = set(range(num_groups)) - set(config.frozen_groups)
+    if not roles - set(config.frozen_roles) - (set() if trained_groups else tokens):
+        raise TokenFormerError(f"{place}: frozen_groups and frozen_roles leave nothing to train")
 
 
 def build_optimizer(model: LanguageModel, config: OptimizerConfig) -> torch.optim.AdamW:

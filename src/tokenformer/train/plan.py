@@ -13,8 +13,9 @@ from tokenformer.language.tokenizers import Tokenizer, load_tokenizer
 from tokenformer.models.base import LanguageModel
 from tokenformer.models.config import DecoderConfig
 from tokenformer.models.registry import load_config
+from tokenformer.progress import short_number
 from tokenformer.train.config import RunConfig, StageConfig
-from tokenformer.train.device import compute_dtype, find_device
+from tokenformer.train.device import compute_dtype, find_device, require_memory
 from tokenformer.train.ladder import model_configs, num_growth_groups
 from tokenformer.train.optimizer import check_roles_and_groups
 from tokenformer.train.sections import DataConfig
@@ -25,6 +26,9 @@ from tokenformer.train.start import (
     require_same_model,
 )
 from tokenformer.train.state import read_state
+
+_TRAINING_BYTES = 16
+"""A parameter's weight, gradient and two moments, each float32."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,11 @@ def make_plan(config: RunConfig, out: Path, *, resume: bool) -> RunPlan:
         if config.model is not None:
             require_same_model(initial, model_configs(config.model, stages)[first], resume_from)
     models = model_configs(initial, stages, first=first)
+    for model in models:
+        parameters = model.num_parameters()
+        require_memory(
+            _TRAINING_BYTES * parameters, device, f"model: training {short_number(parameters)} parameters"
+        )
     tasks = _open_tasks([stage.data for stage in stages])
     tokenizer = initial_tokenizer(config) if resume_from is None else load_tokenizer(resume_from)
     for task, model in zip(tasks[first:], models, strict=True):

@@ -109,9 +109,9 @@ class _Run:
 
     def _open_run_directory(self) -> None:
         out = self.plan.out
+        write_text(out / CONFIG_FILE, self.config_text)
         if self.plan.resume_from is None:
             (out / METRICS_FILE).unlink(missing_ok=True)  # of a run that ended before its first checkpoint
-        write_text(out / CONFIG_FILE, self.config_text)
 
     def _climb(self, start: RunStart, metrics: MetricsLog) -> RunResult:
         torch.manual_seed(self.plan.config.seed)

@@ -48,7 +48,8 @@ def find_resume_point(out: Path, config: RunConfig, *, resume: bool) -> Path | N
         TokenFormerError: ``out`` holds a run and ``resume`` is false, or something that is no run; or the run's
             checkpoint was made with another configuration.
     """
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    if not out.is_dir() or not any(out.iterdir()):
+        require_free(out)
         return None
     is_run = (out / CONFIG_FILE).is_file()
     if resume and is_run:
