@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import pytest
@@ -42,6 +43,7 @@ class Run(StrictModel):
     optimizer: Optimizer = Optimizer()
     stages: tuple[Stage, ...] = ()
     name: str | None = None
+    ways: Mapping[Literal["up", "down"], int] | None = None
 
 
 @pytest.mark.parametrize(
@@ -82,6 +84,7 @@ class Run(StrictModel):
             ["file: optimizer.lr: found inf; input should be a finite number"],
         ),
         ({"optimizer": {"betas": [0.9]}}, ["file: optimizer.betas.1: missing, but required"]),
+        ({"ways": {"upp": 1}}, ["file: ways.upp: found 'upp'; input should be 'up' or 'down'"]),
         ({"optimizer": 3}, ["file: optimizer: found 3; input should be a valid"]),
         (
             {"zzz": 1, "optimizer": {"lr": -1}},
@@ -113,7 +116,7 @@ def test_nearest() -> None:
 
 
 def test_known_fields_of_nested_places() -> None:
-    assert known_fields(Run, ()) == ["model", "name", "optimizer", "stages"]
+    assert known_fields(Run, ()) == ["model", "name", "optimizer", "stages", "ways"]
     assert known_fields(Run, ("stages", 0, "optimizer")) == ["betas", "lr"]
     assert known_fields(Run, ("model", "square")) == ["shape", "side"]
     assert known_fields(Run, ("model",)) == ["radius", "shape", "side"]

@@ -93,6 +93,8 @@ def _written_place(
         models = _models_at(model, location[:index])
         is_field = any(part in current.model_fields for current in models)
         is_tag = any(part in _tags(current) for current in models) and not is_field
+        if part == "[key]":  # pydantic's word for a wrong key of a mapping, which stands before it
+            continue
         if not is_tag or (unknown_last and index == len(location) - 1):
             written.append(str(part))
     return written

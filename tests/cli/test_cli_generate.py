@@ -99,6 +99,12 @@ def test_the_end_of_the_context_is_announced(run_command, model: Path) -> None:
     )
 
 
+def test_a_device_that_is_not_there_is_all_that_is_said(run_command, model: Path) -> None:
+    done = run_command("generate", model, "--prompt", "a" * 60, "--device", "cuda:99")
+    assert (done.code, done.out) == (2, "")
+    assert "note:" not in done.err
+
+
 def test_a_prompt_longer_than_the_context(run_command, model: Path, tokenizer: Tokenizer) -> None:
     prompt = "abcdefghij" * 8
     refused = run_command("generate", model, "--prompt", prompt, "--max-new-tokens", 10)

@@ -18,6 +18,7 @@ import torch
 from tokenformer.errors import TokenFormerError
 from tokenformer.growth.grow import grow_model
 from tokenformer.growth.spec import GrowthSpec
+from tokenformer.models.paths import resolve_model_directory
 from tokenformer.train.checkpoint import (
     TrainingCheckpoint,
     list_checkpoints,
@@ -85,6 +86,12 @@ def test_damaged_files_are_named(checkpoint: Path, name: str, damage: str) -> No
     with pytest.raises(TokenFormerError) as caught:
         read_checkpoint(checkpoint)
     assert str(checkpoint) in str(caught.value)
+    assert "()" not in str(caught.value)  # a cause without words is named by its type
+
+
+def test_a_checkpoint_is_no_model_directory(checkpoint: Path) -> None:
+    with pytest.raises(TokenFormerError, match="a training checkpoint; expected a model directory"):
+        resolve_model_directory(checkpoint)
 
 
 def test_weights_of_another_size_are_refused(checkpoint: Path) -> None:

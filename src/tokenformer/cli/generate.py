@@ -81,14 +81,15 @@ def generate(
     prompts = [tokenizer.encode(text) or [tokenizer.eos_token_id] for text in texts]
     context = config.max_position_embeddings
     kept = fit_prompts(prompts, context=context, max_new_tokens=max_new_tokens, truncate=truncate_prompt)
-    _note_limits(prompts, kept, max_new_tokens, context)
 
     from tokenformer.generation.engine import generate_stream
     from tokenformer.models.directory import load_model
     from tokenformer.train.device import find_device
 
+    loaded = load_model(directory, device=find_device(device))
+    _note_limits(prompts, kept, max_new_tokens, context)
     steps = generate_stream(
-        load_model(directory, device=find_device(device)),
+        loaded,
         kept,
         max_new_tokens=max_new_tokens,
         sampling=sampling,

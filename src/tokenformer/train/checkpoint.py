@@ -187,8 +187,10 @@ def _load_tensors(directory: Path) -> dict[str, Tensor]:
         with _single_process():
             dcp.load(tensors, checkpoint_id=directory, no_dist=True)
     except CheckpointException as error:
-        cause = _cause(error)
-        raise TokenFormerError(f"{directory}: missing or damaged ({cause})") from error
+        cause = _cause(error)  # an EOFError, of a file cut short, has no words of its own
+        raise TokenFormerError(
+            f"{directory}: missing or damaged ({type(cause).__name__}: {cause})"
+        ) from error
     except Exception as error:  # the pickled metadata of a damaged file can fail in any way
         raise TokenFormerError(
             f"{directory}: missing or damaged ({type(error).__name__}: {error})"
