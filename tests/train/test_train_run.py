@@ -102,12 +102,12 @@ def test_moments_survive_growth(finished_ladder: RunResult) -> None:
 
 
 def test_micro_batches_do_not_change_the_result(make_config: MakeConfig, tmp_path: Path) -> None:
-    results = {
-        size: weights(
-            train(make_config(f"data.micro_batch_size={size}"), tmp_path / str(size), quiet=True).model
-        )
-        for size in ("null", 2, 1)
-    }
+    def trained(size: int | str) -> dict[str, torch.Tensor]:
+        # Adam divides a gradient of nearly zero by itself: with its usual eps the step would be the rounding's sign
+        config = make_config(f"data.micro_batch_size={size}", "optimizer.eps=1e-5")
+        return weights(train(config, tmp_path / str(size), quiet=True).model)
+
+    results = {size: trained(size) for size in ("null", 2, 1)}
     for size in (2, 1):
         for name, whole in results["null"].items():
             torch.testing.assert_close(results[size][name], whole, rtol=0, atol=1e-6, msg=f"{name}, {size}")
