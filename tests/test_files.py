@@ -182,3 +182,13 @@ def test_sha256(tmp_path: Path) -> None:
     content = bytes(range(256)) * 1000
     (tmp_path / "file").write_bytes(content)
     assert sha256(tmp_path / "file") == hashlib.sha256(content).hexdigest()
+
+
+def test_an_error_inside_names_the_directory_as_the_user_does(tmp_path: Path) -> None:
+    def fail() -> None:
+        with new_directory(tmp_path / "out") as scratch:
+            raise TokenFormerError(f"{scratch / 'file'}: could not be written")
+
+    with pytest.raises(TokenFormerError, match=r"/out/file: could not be written$") as caught:
+        fail()
+    assert "incomplete" not in str(caught.value)

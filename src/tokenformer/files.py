@@ -65,6 +65,10 @@ def new_directory(path: Path | str, *, replace: bool = False) -> Iterator[Path]:
         scratch.mkdir(parents=True)
         yield scratch
         _put_in_place(scratch, path)
+    except TokenFormerError as error:
+        if str(scratch) not in str(error):
+            raise
+        raise TokenFormerError(str(error).replace(str(scratch), str(path))) from error
     except OSError as error:
         raise TokenFormerError(f"{path}: could not be written ({error.strerror or error})") from error
     finally:

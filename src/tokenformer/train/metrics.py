@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from tokenformer.files import read_text, write_text
 from tokenformer.train.state import TrainingState
 
 if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
+    from tokenformer.train.tensorboard import TensorBoardEvents
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -70,12 +71,12 @@ class MetricsLog:
         if after is not None and self.path.exists():
             self._drop_later_than(run, after)
         self._file = self.path.open("a", encoding="utf-8")
-        self._writer: SummaryWriter | None = None
+        self._events: TensorBoardEvents | None = None
         if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
+            from tokenformer.train.tensorboard import TensorBoardEvents
 
             purge_step = None if after is None else after.step + 1
-            self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=purge_step)
+            self._events = TensorBoardEvents(run / "tensorboard", purge_step)
 
     def write(self, state: TrainingState, values: Mapping[str, Any]) -> None:
         """Append one line: the counters of ``state``, then ``values`` (numbers go to TensorBoard too).
@@ -91,10 +92,8 @@ class MetricsLog:
                 f"{self.path}: could not be written ({error.strerror or error})"
             ) from error
         self.latest.update(values)
-        if self._writer is not None:
-            for name, value in values.items():
-                if isinstance(value, int | float):
-                    self._writer.add_scalar(name, value, state.step)
+        if self._events is not None:
+            self._events.write(state.step, values)
 
     def _drop_later_than(self, run: Path, after: TrainingState) -> None:
         kept = [r for r in read_metrics(run) if r["step"] <= after.step and r["stage"] <= after.stage]
@@ -107,6 +106,8 @@ class MetricsLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._file.close()
-        if self._writer is not None:
-            self._writer.close()
+        # what ended the block says more than a full disk that cannot take the last events either
+        with nullcontext() if error is None else suppress(OSError, TokenFormerError):
+            self._file.close()
+            if self._events is not None:
+                self._events.close()
