@@ -19,8 +19,8 @@ class WeightStd(NamedTuple):
 
 
 def weight_std(config: TransformerConfig) -> WeightStd:
-    """"Small init" sqrt(2 / (5 d)); where the output joins the residual stream ``published`` (GPT-NeoX, Pythia) has
-    "Wang init" 2 / (L sqrt(d)), ``fan_in`` 1/sqrt(2 L inputs)."""
+    """Everywhere "small init" sqrt(2 / (5 d)), but where the output joins the residual stream: there ``published``
+    (GPT-NeoX, Pythia) has "Wang init" 2 / (L sqrt(d)), ``fan_in`` 1/sqrt(2 L inputs)."""
     layers, d, m = config.num_hidden_layers, config.hidden_size, config.mlp_size
     small = math.sqrt(2 / (5 * d))
     if config.initializer == "published":
