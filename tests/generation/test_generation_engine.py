@@ -38,12 +38,15 @@ CONFIGS: dict[str, DecoderConfig] = {
 
 
 def make(name: str) -> LanguageModel:
-    """Fresh weights, made louder: greedy texts then wander instead of repeating one token."""
+    """Fresh weights, those inside the blocks louder than the embedding: greedy texts then wander instead of
+    repeating one token."""
     model = build_model(CONFIGS[name], seed=1).eval()
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.mul_(2.0)
+        for parameter_name, parameter in model.named_parameters():
+            if model.role_of(parameter_name) in ("embedding", "head"):
+                parameter.mul_(0.04 / parameter.std())
+            elif parameter.ndim == 2:
+                parameter.mul_(4.0 if "value_tokens" in parameter_name else 2.0)
     return model
 
 

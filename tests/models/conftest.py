@@ -52,5 +52,7 @@ def any_model(request: pytest.FixtureRequest, make_tokenformer: Any, make_transf
         for name, parameter in model.named_parameters():
             if "norm" in name or name.endswith("bias"):
                 parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
-        model.embedding.weight.mul_(20)  # so that attention is not uniform
+            elif "value_tokens" in name:
+                parameter.mul_(2)
+        model.embedding.weight.mul_(0.4 / model.embedding.weight.std())  # so that attention is not uniform
     return model
