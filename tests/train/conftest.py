@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from tokenformer.language.prepare import prepare
 from tokenformer.train.config import RunConfig
@@ -15,12 +14,6 @@ from tokenformer.train.yaml_source import apply_overrides
 from tokenformer.validation import validate
 
 MakeConfig = Callable[..., RunConfig]
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _one_thread() -> None:
-    """Models this small are slower on several threads."""
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -10,11 +10,9 @@ from tokenformer.models.registry import load_config
 from tokenformer.progress import short_number
 from tokenformer.report.inspect_model import config_tables, describe_config
 from tokenformer.report.tables import Table, byte_size, count
-from tokenformer.train.config import RunConfig, load_run_config
+from tokenformer.train.config import CONFIG_FILE, RunConfig, load_run_config
 from tokenformer.train.metrics import METRICS_FILE, latest_values, read_metrics
 from tokenformer.train.state import TrainingState, is_checkpoint, read_state
-
-CONFIG_FILE = "config.yaml"
 
 
 def is_run_directory(path: Path) -> bool:

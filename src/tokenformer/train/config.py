@@ -31,6 +31,9 @@ from tokenformer.validation import StrictModel, explain, validate
 
 Section = TypeVar("Section", bound=StrictModel)
 
+CONFIG_FILE = "config.yaml"
+"""The effective configuration in a run directory."""
+
 _STAGE_SECTIONS = ("optimizer", "schedule", "precision", "checkpoint", "evaluation", "logging")
 
 

@@ -28,7 +28,7 @@ from tokenformer.train.checkpoint import (
     rng_state,
     write_checkpoint,
 )
-from tokenformer.train.config import RunConfig
+from tokenformer.train.config import CONFIG_FILE, RunConfig
 from tokenformer.train.device import process_settings, wants_compile
 from tokenformer.train.interrupts import RunInterrupted, StopRequest, stop_requests
 from tokenformer.train.loop import StageLoop
@@ -36,7 +36,7 @@ from tokenformer.train.metrics import METRICS_FILE, MetricsLog, latest_values, r
 from tokenformer.train.optimizer import Moments, load_named_state, named_state
 from tokenformer.train.plan import RunPlan, check_optimizers, make_plan
 from tokenformer.train.rung import grow_for_stage
-from tokenformer.train.start import CONFIG_FILE, RunStart, begin, go_on
+from tokenformer.train.start import RunStart, begin, go_on
 from tokenformer.train.state import TrainingState
 from tokenformer.train.step import TrainStep
 

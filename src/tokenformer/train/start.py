@@ -24,11 +24,9 @@ from tokenformer.train.checkpoint import (
     read_run_config,
 )
 from tokenformer.train.compare import require_same_run
-from tokenformer.train.config import RunConfig, parse_run_config
+from tokenformer.train.config import CONFIG_FILE, RunConfig, parse_run_config
 from tokenformer.train.optimizer import Moments
 from tokenformer.train.state import TrainingState, is_checkpoint
-
-CONFIG_FILE = "config.yaml"
 
 
 @dataclass
