@@ -40,8 +40,7 @@ def quickstart(
     plan = load_plan(overrides or [])
 
     from tokenformer.quickstart.page import results_table, summary
-    from tokenformer.quickstart.results import QuickstartResults
-    from tokenformer.quickstart.story import RESULTS_FILE, TITLES, run_quickstart
+    from tokenformer.quickstart.story import TITLES, read_results, run_quickstart
     from tokenformer.report.tables import print_tables
     from tokenformer.train.interrupts import RunInterrupted
 
@@ -51,7 +50,7 @@ def quickstart(
         typer.echo("stopped; the same command goes on from here", err=True)
         number = interruption.signal_number if isinstance(interruption, RunInterrupted) else signal.SIGINT
         raise typer.Exit(128 + number) from None
-    results = QuickstartResults.model_validate_json((out / RESULTS_FILE).read_text("utf-8"))
+    results = read_results(out)
     print_tables([results_table(results, TITLES)])
     typer.echo(summary(results))
     typer.echo(f"report: {report.resolve()}")

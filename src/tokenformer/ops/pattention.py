@@ -61,7 +61,7 @@ def pattention(x: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], kind
     compute = torch.float32 if dtype == torch.float16 else dtype
     with without_autocast(x.device.type):
         x, keys, values = x.to(compute), [k.to(compute) for k in keys], [v.to(compute) for v in values]
-        if pattention_cpu.applies(x, keys, values):
+        if pattention_cpu.applies(x):
             return pattention_cpu.pattention_row_blocks(x, keys, values, kind).to(dtype)
         return pattention_reference(x, keys, values, kind).to(dtype)
 

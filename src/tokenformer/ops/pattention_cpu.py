@@ -20,8 +20,8 @@ _BLOCK_ELEMENTS = 2048 * 1024  # scores of one block: 8 MiB in float32
 _SAFE_SQUARES = (1e-30, 1e36)  # a float32 sum of squares in between has lost nothing that matters
 
 
-def applies(x: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]) -> bool:
-    """Whether the row-blocked path serves these tensors: float32 or float64 on a CPU, run eagerly."""
+def applies(x: Tensor) -> bool:
+    """Whether the row-blocked path serves this input: float32 or float64 on a CPU, run eagerly."""
     return (
         x.device.type == "cpu"
         and x.dtype in (torch.float32, torch.float64)

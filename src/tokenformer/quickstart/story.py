@@ -60,11 +60,25 @@ def run_quickstart(
     growth = _grow(plan, out, data, say)
     for name in RUNS[1:]:
         _train(plan, out, name, say, quiet)
-    results = QuickstartResults(growth=growth, models=[_assess(plan, out, name, data, say) for name in RUNS])
-    write_json(out / RESULTS_FILE, results.model_dump(mode="json"))
+    if not (out / RESULTS_FILE).is_file():
+        results = QuickstartResults(
+            growth=growth, models=[_assess(plan, out, name, data, say) for name in RUNS]
+        )
+        write_json(out / RESULTS_FILE, results.model_dump(mode="json"))
+    results = read_results(out)
     report = write_report(out, plan, results, data.info, TITLES)
     say(f"done in {time.monotonic() - begun:.0f} s")
     return report
+
+
+def read_results(out: Path) -> QuickstartResults:
+    """What a quickstart in ``out`` measured.
+
+    Raises:
+        TokenFormerError: the file is missing or damaged.
+    """
+    path = out / RESULTS_FILE
+    return validate(QuickstartResults, read_json(path, "the results of a quickstart"), source=str(path))
 
 
 def _check_runs(plan: QuickstartPlan, out: Path) -> None:

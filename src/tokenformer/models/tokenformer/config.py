@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from tokenformer.layers.growth_rules import GrowthInit
 from tokenformer.models.config import DecoderConfig, PositiveFloat, PositiveInt
 from tokenformer.validation import StrictModel
 
@@ -32,7 +33,7 @@ class Tau(StrictModel):
 class GrowthStep(StrictModel):
     """One entry of the growth history: what was done, and the totals of parameter tokens after it."""
 
-    init: Literal["exact", "copies", "random"]
+    init: GrowthInit
     qkv_param_tokens: PositiveInt
     proj_param_tokens: PositiveInt
     ffn_param_tokens: PositiveInt
