@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from tokenformer.errors import TokenFormerError
 from tokenformer.language import prepare as prepare_module
-from tokenformer.language.data_directory import DataDirectory, DocumentRules
+from tokenformer.language.data_directory import DataDirectory
 from tokenformer.language.prepare import prepare
+from tokenformer.language.rules import DocumentRules
 from tokenformer.language.tokenizers import load_tokenizer
 
 TEXTS = [f"Document {i}: " + "größe 😀 " * (i % 5) + "\n" for i in range(200)]
@@ -190,7 +191,7 @@ class TestRules:
         always = {"empty": 1, "invalid JSON": 1, "without the text field": 1}
         assert data.info.skipped == dict(sorted({**always, **skipped}.items()))
         recorded = json.loads((tmp_path / "data" / "dataset.json").read_text())["rules"]
-        assert recorded == {"min_length": 0, "deduplicate": False, **rules, "on_error": "skip"}
+        assert recorded == {**DocumentRules().model_dump(), **rules, "on_error": "skip"}
         digests = [hashlib.sha256(text.encode()).digest() for text in [*expected, "held out"]]
         assert data.info.corpus_sha256 == hashlib.sha256(b"".join(digests)).hexdigest()
 

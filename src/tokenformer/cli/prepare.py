@@ -74,6 +74,40 @@ def prepare(
     min_length: Annotated[
         int, typer.Option(metavar="N", min=0, help="Leave out documents of fewer characters.")
     ] = 0,
+    max_length: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=0, help="Leave out documents of more characters.", show_default=False),
+    ] = None,
+    min_letters: Annotated[
+        float,
+        typer.Option(
+            metavar="F", help="Leave out documents in which fewer than this share of characters are letters."
+        ),
+    ] = 0.0,
+    include: Annotated[
+        str | None,
+        typer.Option(metavar="REGEX", help="Only documents in whose text this is found.", show_default=False),
+    ] = None,
+    exclude: Annotated[
+        str | None,
+        typer.Option(
+            metavar="REGEX", help="Leave out documents in whose text this is found.", show_default=False
+        ),
+    ] = None,
+    include_name: Annotated[
+        str | None,
+        typer.Option(
+            metavar="REGEX",
+            help="Only documents in whose name (path, path:line, path: row N) this is found.",
+            show_default=False,
+        ),
+    ] = None,
+    exclude_name: Annotated[
+        str | None,
+        typer.Option(
+            metavar="REGEX", help="Leave out documents in whose name this is found.", show_default=False
+        ),
+    ] = None,
     deduplicate: Annotated[
         bool, typer.Option("--deduplicate", help="Keep only the first of documents with the same text.")
     ] = False,
@@ -94,8 +128,21 @@ def prepare(
     ] = None,
 ) -> None:
     """Turn documents into a data directory: token stores, tokenizer.json and dataset.json."""
-    from tokenformer.language.data_directory import DocumentRules
     from tokenformer.language.prepare import prepare as prepare_data
+    from tokenformer.language.rules import DocumentRules
+    from tokenformer.validation import validate
+
+    rules = {
+        "min_length": min_length,
+        "max_length": max_length,
+        "min_letters": min_letters,
+        "include": include,
+        "exclude": exclude,
+        "include_name": include_name,
+        "exclude_name": exclude_name,
+        "deduplicate": deduplicate,
+        "on_error": on_error,
+    }
 
     data = prepare_data(
         sources,
@@ -104,7 +151,7 @@ def prepare(
         validation=validation or (),
         validation_fraction=validation_fraction,
         text_field=text_field,
-        rules=DocumentRules(min_length=min_length, deduplicate=deduplicate, on_error=on_error),
+        rules=validate(DocumentRules, rules, source="prepare"),
         eos_token=eos_token,
     )
     _print_summary(data)
@@ -119,11 +166,7 @@ def _print_summary(data: DataDirectory) -> None:
         for name, split in info.splits.items()
     ]
     print_tables([Table(str(data.path), ("split", "documents", "tokens", "UTF-8 bytes"), splits)])
-    rules = info.rules
-    typer.echo(
-        f"documents: at least {count(rules.min_length)} characters, "
-        f"{'without' if rules.deduplicate else 'with'} duplicates, on error {rules.on_error}"
-    )
+    typer.echo(f"documents: {info.rules.describe()}")
     for reason, number in info.skipped.items():
         typer.echo(f"skipped: {count(number)} {reason}")
     typer.echo(f"tokenizer: {info.tokenizer}, {count(info.vocab_size)} ids")

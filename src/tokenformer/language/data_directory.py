@@ -9,7 +9,7 @@ from pydantic import Field
 
 from tokenformer.errors import TokenFormerError
 from tokenformer.files import read_json
-from tokenformer.language.sources.records import OnError
+from tokenformer.language.rules import DocumentRules
 from tokenformer.language.store import TokenStore
 from tokenformer.language.tokenizers import Tokenizer, load_tokenizer
 from tokenformer.models.config import DecoderConfig
@@ -40,18 +40,6 @@ class SplitRule(StrictModel):
     method: Literal["content_hash", "tail", "separate"]
     validation_fraction: float | None = None
     cut: Count | None = None
-
-
-class DocumentRules(StrictModel):
-    """Which documents of the sources are taken.
-
-    ``min_length`` counts characters. ``deduplicate`` keeps the first of equal texts, validation documents that are
-    given apart included. ``on_error`` says whether a broken document ends the work or is left out and counted.
-    """
-
-    min_length: Count = 0
-    deduplicate: bool = False
-    on_error: OnError = "stop"
 
 
 class DatasetInfo(StrictModel):

@@ -16,10 +16,10 @@ from tokenformer.language.data_directory import (
     SPLIT_NAMES,
     DataDirectory,
     DatasetInfo,
-    DocumentRules,
     SplitInfo,
     SplitRule,
 )
+from tokenformer.language.rules import DocumentRules
 from tokenformer.language.splits import Corpus, Part, choose_rule
 from tokenformer.language.store import TokenStoreWriter, token_dtype
 from tokenformer.language.tokenizers import (

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tokenformer.errors import TokenFormerError
-from tokenformer.language.data_directory import DocumentRules, SplitRule
+from tokenformer.language.data_directory import SplitRule
 from tokenformer.language.documents import check_sources, read_documents
+from tokenformer.language.rules import DocumentRules
 
 
 class Part(NamedTuple):
@@ -97,7 +98,7 @@ class Corpus:
     def _contents(
         self, sources: Sequence[str | Path], first_seen: Callable[[bytes], bool]
     ) -> Iterator[_Content]:
-        for text in self._long_enough(sources):
+        for text in self._taken(sources):
             utf8 = text.encode("utf-8")
             digest = hashlib.sha256(utf8).digest()
             if first_seen(digest):
@@ -105,18 +106,17 @@ class Corpus:
             else:
                 self.skipped["duplicate"] += 1
 
-    def _long_enough(self, sources: Sequence[str | Path]) -> Iterator[str]:
+    def _taken(self, sources: Sequence[str | Path]) -> Iterator[str]:
         rules = self._rules
         for source in sources:
             for document in read_documents(
                 source, text_field=self._text_field, on_error=rules.on_error, skipped=self.skipped
             ):
-                if not document.text:
-                    self.skipped["empty"] += 1
-                elif len(document.text) < rules.min_length:
-                    self.skipped["too short"] += 1
-                else:
+                reason = rules.refusal(document)
+                if reason is None:
                     yield document.text
+                else:
+                    self.skipped[reason] += 1
 
     def _nothing_in(self, sources: Sequence[str | Path]) -> str:
         skipped = ", ".join(f"{count} {reason}" for reason, count in sorted(self.skipped.items()))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenformer.language.data_directory import DataDirectory
+from tokenformer.language.rules import DocumentRules
 from tokenformer.language.store import TokenStore, data_path
 from tokenformer.report.tables import Table, byte_size, count
 
@@ -60,6 +61,7 @@ def _tables(facts: dict[str, Any]) -> list[Table]:
             else []
         ),
         ("split rule", ", ".join(f"{name} {value}" for name, value in rule.items() if value is not None)),
+        ("documents", DocumentRules(**facts["rules"]).describe()),
         ("tokenizer", facts["tokenizer"]),
         ("tokenizer hash", facts["tokenizer_sha256"][:16]),
         ("vocabulary", f"{count(facts['vocab_size'])} ids, {count(facts['padded_vocab_size'])} with padding"),
