@@ -9,7 +9,7 @@ import pytest
 from pydantic import Field, model_validator
 
 from tokenformer import TokenFormerError
-from tokenformer.validation import StrictModel, known_fields, nearest, validate
+from tokenformer.validation import Float, Int, StrictModel, known_fields, nearest, validate
 
 
 class Optimizer(StrictModel):
@@ -120,3 +120,31 @@ def test_known_fields_of_nested_places() -> None:
     assert known_fields(Run, ("stages", 0, "optimizer")) == ["betas", "lr"]
     assert known_fields(Run, ("model", "square")) == ["shape", "side"]
     assert known_fields(Run, ("model",)) == ["radius", "shape", "side"]
+
+
+class _Numbers(StrictModel):
+    steps: Annotated[Int, Field(gt=0)] | None = None
+    lr: Annotated[Float, Field(gt=0)] = 1.0
+    name: str = ""
+    flag: bool = False
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        ({"steps": "12"}, "recipe: steps: found '12', expected a number"),
+        ({"steps": True}, "recipe: steps: found True, expected a number"),
+        ({"lr": "fast"}, "recipe: lr: found 'fast', expected a number"),
+        ({"lr": "3e-4", "name": "12"}, "recipe: lr: found '3e-4', expected a number"),
+    ],
+)
+def test_text_is_no_number(values: dict[str, object], line: str) -> None:
+    with pytest.raises(TokenFormerError) as caught:
+        validate(_Numbers, values, source="recipe")
+    assert str(caught.value) == line
+
+
+def test_whole_floats_are_integers() -> None:
+    numbers = validate(_Numbers, {"steps": 1e3, "lr": 1, "name": "12", "flag": True}, source="recipe")
+    assert numbers.steps == 1000
+    assert numbers.lr == 1.0

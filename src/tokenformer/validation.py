@@ -4,14 +4,26 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar, get_args
+from typing import Annotated, Any, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
 from tokenformer.errors import TokenFormerError
 
 Model = TypeVar("Model", bound="StrictModel")
+
+
+def _is_number(value: Any) -> Any:
+    if isinstance(value, str | bool):
+        raise ValueError(f"found {value!r}, expected a number")
+    return value
+
+
+Int = Annotated[int, BeforeValidator(_is_number)]
+"""A whole number; 1e3 is one, a text such as "12" and true are none."""
+
+Float = Annotated[float, BeforeValidator(_is_number)]
 
 
 class StrictModel(BaseModel):

@@ -10,7 +10,7 @@ from tokenformer.errors import TokenFormerError
 from tokenformer.layers.growth_rules import GrowthInit, check_growth
 from tokenformer.models.config import DecoderConfig, PositiveInt
 from tokenformer.models.tokenformer.config import ROLES, GrowthStep, TokenFormerConfig
-from tokenformer.validation import StrictModel
+from tokenformer.validation import Float, StrictModel
 
 _SIZES_THAT_STAY = {
     "hidden_size",
@@ -31,7 +31,7 @@ class GrowthSpec(StrictModel):
     (zero keys), ``copies`` (whole multiples), ``random`` (the authors' way).
     """
 
-    factor: Annotated[float, Field(gt=1, le=1e6)] | None = None
+    factor: Annotated[Float, Field(gt=1, le=1e6)] | None = None
     qkv: PositiveInt | None = None
     proj: PositiveInt | None = None
     ffn: PositiveInt | None = None

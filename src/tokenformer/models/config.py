@@ -9,10 +9,10 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from tokenformer.errors import TokenFormerError
-from tokenformer.validation import StrictModel
+from tokenformer.validation import Float, Int, StrictModel
 
-PositiveInt = Annotated[int, Field(gt=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
+PositiveInt = Annotated[Int, Field(gt=0)]
+PositiveFloat = Annotated[Float, Field(gt=0)]
 
 
 class DecoderConfig(StrictModel):
@@ -31,7 +31,7 @@ class DecoderConfig(StrictModel):
     num_hidden_layers: PositiveInt
     num_attention_heads: PositiveInt
     position_embedding: Literal["rotary", "none"] = "rotary"
-    rotary_pct: Annotated[float, Field(ge=0, le=1)] = 1.0
+    rotary_pct: Annotated[Float, Field(ge=0, le=1)] = 1.0
     rope_theta: PositiveFloat = 10000.0
     max_position_embeddings: PositiveInt = 2048
     layer_norm_eps: PositiveFloat = 1e-5

@@ -66,7 +66,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 torch.mm(grad, weight, out=grad_hidden[rows])
             if grad_weight is not None:
                 grad_weight += grad.t() @ hidden[rows]
-        ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype) if grad_weight is not None else None)
+        if (
+            grad_weight is not None and weight.dtype != torch.float16
+        ):  # whose range a sum over tokens can leave
+            grad_weight = grad_weight.to(weight.dtype)
+        ctx.save_for_backward(grad_hidden, grad_weight)
         return total
 
     @staticmethod

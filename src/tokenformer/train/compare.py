@@ -19,13 +19,13 @@ _DECISIVE = (
     "tokens",
     "seed",
 )
-_FREE_IN_STAGES = ("name", "precision", "checkpoint", "evaluation", "logging")
+_FREE_IN_STAGES = ("name", "precision", "stability", "checkpoint", "evaluation", "logging")
 
 
 def require_same_run(former: RunConfig, current: RunConfig, checkpoint: str) -> None:
     """Refuse to go on with a configuration whose result would be another.
 
-    Device, precision, micro-batches, checkpoints, evaluation and logging may change.
+    Device, precision, stability, micro-batches, checkpoints, evaluation and logging may change.
 
     Raises:
         TokenFormerError: names each field that differs, with both values.

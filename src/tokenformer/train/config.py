@@ -25,16 +25,17 @@ from tokenformer.train.sections import (
     ParallelConfig,
     PrecisionConfig,
     ScheduleConfig,
+    StabilityConfig,
 )
 from tokenformer.train.yaml_source import apply_overrides, parse_mapping, read_yaml
-from tokenformer.validation import StrictModel, explain, validate
+from tokenformer.validation import Int, StrictModel, explain, validate
 
 Section = TypeVar("Section", bound=StrictModel)
 
 CONFIG_FILE = "config.yaml"
 """The effective configuration in a run directory."""
 
-_STAGE_SECTIONS = ("optimizer", "schedule", "precision", "checkpoint", "evaluation", "logging")
+_STAGE_SECTIONS = ("optimizer", "schedule", "precision", "stability", "checkpoint", "evaluation", "logging")
 
 
 class StageSpec(StrictModel):
@@ -51,6 +52,7 @@ class StageSpec(StrictModel):
     optimizer: OptimizerConfig | None = None
     schedule: ScheduleConfig | None = None
     precision: PrecisionConfig | None = None
+    stability: StabilityConfig | None = None
     checkpoint: CheckpointConfig | None = None
     evaluation: EvaluationConfig | None = None
     logging: LoggingConfig | None = None
@@ -71,6 +73,7 @@ class StageConfig(StrictModel):
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
     precision: PrecisionConfig
+    stability: StabilityConfig
     checkpoint: CheckpointConfig
     evaluation: EvaluationConfig
     logging: LoggingConfig
@@ -86,11 +89,12 @@ class RunConfig(StrictModel):
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     precision: PrecisionConfig = PrecisionConfig()
+    stability: StabilityConfig = StabilityConfig()
     parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     logging: LoggingConfig = LoggingConfig()
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    seed: Annotated[Int, Field(ge=0, lt=2**63)] = 0
     steps: PositiveInt | None = None
     tokens: PositiveInt | None = None
     stages: tuple[StageSpec, ...] | None = None

@@ -75,7 +75,8 @@ def compute_dtype(precision: PrecisionConfig, device: torch.device) -> torch.dty
         return torch.bfloat16 if has_bf16 else torch.float32
     if precision.dtype == "bfloat16" and device.type == "mps":
         raise TokenFormerError("precision.dtype: bfloat16 is not offered on mps, expected auto or float32")
-    return torch.bfloat16 if precision.dtype == "bfloat16" else torch.float32
+    dtype: torch.dtype = getattr(torch, precision.dtype)
+    return dtype
 
 
 def autocast(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[None]:

@@ -44,7 +44,7 @@ class StageLoop:
         self._say = say
         self._request = request
         self._clock = TrainingClock(step.device, state.seconds)
-        self._window = MetricsWindow(step.device)
+        self._window = MetricsWindow(step.device, stage.stability.max_nonfinite_steps)
         self._window_start = state.seconds
         self._unsaved_steps = 0
         self._flops_per_step = stage.data.batch_tokens * step.model.config.flops_per_token(
@@ -112,13 +112,18 @@ class StageLoop:
         self._window_start = self.state.seconds
         values["lr"] = self.step.learning_rate(self.state.stage_step - 1)
         values["tokens_per_second"] = round(steps * self.stage.data.batch_tokens / max(elapsed, 1e-9), 1)
+        if self.state.loss_scale is not None:
+            values["loss_scale"] = self.state.loss_scale
         if self.state.skipped_steps:
             values["skipped_steps"] = self.state.skipped_steps
         self._metrics.write(self.state, values)
 
     def _count_skipped(self) -> None:
         skipped = self.state.skipped_steps + self._window.take_skipped()
-        self.state = self.state.model_copy(update={"skipped_steps": skipped, "seconds": self._clock.read()})
+        scale = self.step.loss_scale.state() if self.step.loss_scale is not None else {}
+        self.state = self.state.model_copy(
+            update={"skipped_steps": skipped, "seconds": self._clock.read(), **scale}
+        )
 
     def _evaluate(self) -> None:
         model, config = self.step.model, self.stage.evaluation

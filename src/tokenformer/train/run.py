@@ -150,7 +150,7 @@ class _Run:
             torch.compiler.reset()  # each stage has its own shapes; old ones would use up the recompile limit
             for block in model.blocks:
                 block.compile(dynamic=False)
-        step = TrainStep(model, task, stage, device)
+        step = TrainStep(model, task, stage, device, state)
         load_named_state(model, step.optimizer, moments)
         loop = StageLoop(
             step,

@@ -9,10 +9,10 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from tokenformer.models.config import PositiveFloat, PositiveInt
-from tokenformer.validation import StrictModel
+from tokenformer.validation import Float, Int, StrictModel
 
-Fraction = Annotated[float, Field(ge=0, le=1)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
+Fraction = Annotated[Float, Field(ge=0, le=1)]
+NonNegativeInt = Annotated[Int, Field(ge=0)]
 
 
 class DataConfig(StrictModel):
@@ -26,7 +26,7 @@ class DataConfig(StrictModel):
     sequence_length: PositiveInt
     batch_tokens: PositiveInt
     micro_batch_size: PositiveInt | None = None
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    seed: Annotated[Int, Field(ge=0, lt=2**32)] = 0
 
     @model_validator(mode="after")
     def _check_batch(self) -> DataConfig:
@@ -67,7 +67,7 @@ class DataOverrides(StrictModel):
     sequence_length: PositiveInt | None = None
     batch_tokens: PositiveInt | None = None
     micro_batch_size: PositiveInt | None = None
-    seed: Annotated[int, Field(ge=0, lt=2**32)] | None = None
+    seed: Annotated[Int, Field(ge=0, lt=2**32)] | None = None
 
 
 class OptimizerConfig(StrictModel):
@@ -77,9 +77,9 @@ class OptimizerConfig(StrictModel):
 
     name: Literal["adamw"] = "adamw"
     lr: PositiveFloat = 6e-4
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    betas: tuple[Annotated[Float, Field(ge=0, lt=1)], Annotated[Float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     eps: PositiveFloat = 1e-8
-    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    weight_decay: Annotated[Float, Field(ge=0)] = 0.1
     grad_clip: PositiveFloat | None = 1.0
     lr_multipliers: dict[str, PositiveFloat] = Field(default_factory=dict)
     frozen_groups: tuple[NonNegativeInt, ...] = ()
@@ -111,9 +111,10 @@ class ScheduleConfig(StrictModel):
 
 class PrecisionConfig(StrictModel):
     """``dtype`` of the forward pass (weights and moments stay float32); ``auto`` is bfloat16 autocast on CUDA
-    hardware that has it, else float32. ``compile: auto`` compiles the blocks on CUDA."""
+    hardware that has it, else float32. ``float16`` comes with dynamic loss scaling. ``compile: auto`` compiles the
+    blocks on CUDA."""
 
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     compile: Literal["auto", True, False] = "auto"
     deterministic: bool = False
 
@@ -130,6 +131,13 @@ class ParallelConfig(StrictModel):
         if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device):
             raise ValueError(f"found '{device}', expected auto, cpu, cuda, cuda:N or mps")
         return device
+
+
+class StabilityConfig(StrictModel):
+    """What is done about sick training. ``max_nonfinite_steps``: updates left out in a row (loss or gradient not
+    finite) that end the run."""
+
+    max_nonfinite_steps: PositiveInt = 5
 
 
 class CheckpointConfig(StrictModel):

@@ -21,7 +21,8 @@ class TrainingState(StrictModel):
 
     ``next_sample`` is the global index of the first training window not yet seen, the whole state of the data order.
     ``seconds`` counts training alone, without evaluation and checkpoints. ``skipped_steps`` counts the updates left
-    out because loss or gradient was not finite.
+    out because loss or gradient was not finite. ``loss_scale`` and the finite steps since it last changed are
+    float16's (null where it was never used).
     """
 
     format_version: Literal[1] = 1
@@ -33,6 +34,8 @@ class TrainingState(StrictModel):
     seconds: NonNegativeFloat = 0.0
     next_sample: NonNegativeInt = 0
     skipped_steps: NonNegativeInt = 0
+    loss_scale: Annotated[float, Field(gt=0)] | None = None
+    loss_scale_steps: NonNegativeInt | None = None
     seed: int = 0
     data_seed: int = 0
 

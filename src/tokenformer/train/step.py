@@ -11,19 +11,23 @@ from torch import Tensor, nn
 from tokenformer.models.base import LanguageModel
 from tokenformer.train.config import StageConfig
 from tokenformer.train.device import autocast, compute_dtype
+from tokenformer.train.loss_scale import LossScale
 from tokenformer.train.optimizer import build_optimizer, set_learning_rate, trained_parameters
 from tokenformer.train.schedule import lr_factor
+from tokenformer.train.state import TrainingState
 from tokenformer.train.task import Task
 
 
 class StepResult(NamedTuple):
     """What a step gives, all on the device: ``nats`` and ``targets`` (their number), summed over the global batch, the
-    gradient's norm before clipping, and ``finite``: 1.0, or 0.0 where the update was left out."""
+    gradient's norm before clipping, ``finite``: 1.0, or 0.0 where the update was left out, and ``sick``: 1.0 where
+    that was not merely float16's loss scale finding its place."""
 
     nats: Tensor
     targets: Tensor
     grad_norm: Tensor
     finite: Tensor
+    sick: Tensor
 
 
 class TrainStep:
@@ -31,15 +35,23 @@ class TrainStep:
 
     The loss of a step is the sum over all targets of the global batch divided by their number, whatever the
     micro-batches. An update with a loss or gradient that is not finite is skipped on the device: weights, moments
-    and step counts stay as they are.
+    and step counts stay as they are. In float16 the loss is scaled; ``state`` brings the scale of a checkpoint.
     """
 
-    def __init__(self, model: LanguageModel, task: Task, stage: StageConfig, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: LanguageModel,
+        task: Task,
+        stage: StageConfig,
+        device: torch.device,
+        state: TrainingState | None = None,
+    ) -> None:
         self.model = model
         self.task = task
         self.stage = stage
         self.device = device
         self.dtype = compute_dtype(stage.precision, device)
+        self.loss_scale = _loss_scale(self.dtype, device, state or TrainingState())
         self.optimizer = build_optimizer(model, stage.optimizer)
         self.parameters: list[nn.Parameter] = trained_parameters(self.optimizer)
 
@@ -52,7 +64,8 @@ class TrainStep:
         self.optimizer.zero_grad(set_to_none=True)
         nats, targets = self._accumulate(batches)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        torch._foreach_mul_(gradients, self.stage.data.batch_tokens / targets)
+        scale = 1 if self.loss_scale is None else self.loss_scale.scale
+        torch._foreach_mul_(gradients, self.stage.data.batch_tokens / targets / scale)
         grad_norm = torch.nn.utils.get_total_norm(gradients)
         finite = (torch.isfinite(grad_norm) & torch.isfinite(nats)).float()
         if self.stage.optimizer.grad_clip is not None:
@@ -61,7 +74,12 @@ class TrainStep:
         # the protocol between GradScaler and fused optimisers: with found_inf = 1 the update does nothing
         self.optimizer.found_inf = 1 - finite  # type: ignore[attr-defined]
         self.optimizer.step()
-        return StepResult(nats, targets, grad_norm, finite)
+        sick = 1 - finite
+        if self.loss_scale is not None:
+            # a scale below 1 has nothing left to give: then it is the gradient itself that is too large
+            sick *= (~torch.isfinite(nats) | (self.loss_scale.scale < 1)).float()
+            self.loss_scale.update(finite)
+        return StepResult(nats, targets, grad_norm, finite, sick)
 
     def _accumulate(self, batches: Iterator[Any]) -> tuple[Tensor, Tensor]:
         nats = torch.zeros((), device=self.device)
@@ -71,10 +89,17 @@ class TrainStep:
             with autocast(self.dtype, self.device):
                 loss = self.task.loss(self.model, batch)
             # divided by the nominal size now, so that sums stay small, and by the true count at the end
-            (loss.nats / self.stage.data.batch_tokens).backward()
+            scaled = loss.nats / self.stage.data.batch_tokens
+            (scaled if self.loss_scale is None else scaled * self.loss_scale.scale).backward()
             nats += loss.nats.detach()
             targets += loss.count
         return nats, targets
+
+
+def _loss_scale(dtype: torch.dtype, device: torch.device, state: TrainingState) -> LossScale | None:
+    if dtype != torch.float16:
+        return None
+    return LossScale(device, state.loss_scale, state.loss_scale_steps)
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

@@ -7,14 +7,18 @@ import torch
 from tokenformer.errors import TokenFormerError
 from tokenformer.train.step import StepResult
 
-MAX_NONFINITE_STEPS = 5
-
 
 class MetricsWindow:
-    """Loss of the steps since the last :meth:`read`, and how many updates were skipped."""
+    """Loss of the steps since the last :meth:`read`, and how many updates were skipped.
 
-    def __init__(self, device: torch.device) -> None:
+    Args:
+        device: where the steps run.
+        max_nonfinite_steps: sick steps in a row that :meth:`check` ends the run at.
+    """
+
+    def __init__(self, device: torch.device, max_nonfinite_steps: int) -> None:
         self._device = device
+        self._max_nonfinite_steps = max_nonfinite_steps
         self._skipped = torch.zeros((), device=device)
         self._in_a_row = torch.zeros((), device=device)
         self._reset()
@@ -32,7 +36,7 @@ class MetricsWindow:
         self._targets += torch.where(finite, result.targets, 0)
         self._grad_norm = result.grad_norm
         self._skipped += 1 - result.finite
-        self._in_a_row = (self._in_a_row + 1) * (1 - result.finite)
+        self._in_a_row = (self._in_a_row + 1) * result.sick
         self.steps += 1
 
     def take_skipped(self) -> int:
@@ -45,11 +49,12 @@ class MetricsWindow:
         """Wait for the device, and end the run when nothing but skipped updates happens.
 
         Raises:
-            TokenFormerError: the last ``MAX_NONFINITE_STEPS`` updates were all skipped.
+            TokenFormerError: the last ``max_nonfinite_steps`` updates were all skipped.
         """
-        if self._in_a_row.item() >= MAX_NONFINITE_STEPS:
+        in_a_row = int(self._in_a_row.item())
+        if in_a_row >= self._max_nonfinite_steps:
             raise TokenFormerError(
-                f"step {step}: loss or gradient was not finite for {int(self._in_a_row.item())} steps in a row, so "
+                f"step {step}: loss or gradient was not finite for {in_a_row} steps in a row, so "
                 "nothing was learned in them; lower optimizer.lr, lengthen the warm-up (schedule.warmup_steps), or "
                 "try precision.dtype=float32. The last checkpoint is unharmed"
             )

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from tokenformer.layers.growth_rules import GrowthInit
 from tokenformer.models.config import DecoderConfig, PositiveFloat, PositiveInt
-from tokenformer.validation import StrictModel
+from tokenformer.validation import Float, Int, StrictModel
 
 NormActivation = Literal["gelu", "l2_norm_gelu", "gelu_l2_norm", "softmax"]
 ROLES = ("qkv", "proj", "ffn")
@@ -37,7 +37,7 @@ class GrowthStep(StrictModel):
     qkv_param_tokens: PositiveInt
     proj_param_tokens: PositiveInt
     ffn_param_tokens: PositiveInt
-    step: Annotated[int, Field(ge=0)] | None = None
+    step: Annotated[Int, Field(ge=0)] | None = None
     """Training steps done before this growth, where it is known."""
 
 
@@ -63,7 +63,7 @@ class TokenFormerConfig(DecoderConfig):
     tau: Tau = None  # type: ignore[assignment]  # filled in below
     norm_activation: NormActivation = "gelu"
     gelu_approximate: Literal["none", "tanh"] = "none"
-    norm_eps: Annotated[float, Field(ge=0)] = 0.0
+    norm_eps: Annotated[Float, Field(ge=0)] = 0.0
     growth_history: tuple[GrowthStep, ...] = ()
 
     @model_validator(mode="before")
