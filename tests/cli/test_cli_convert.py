@@ -28,7 +28,8 @@ CONFIG: dict[str, Any] = {
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    from tokenformer.interop.official import OfficialConfig, tensor_map
+    from tokenformer.interop.official import tensor_map
+    from tokenformer.interop.official_config import OfficialConfig
 
     source = tmp_path / "official"
     source.mkdir()
@@ -116,3 +117,23 @@ def test_what_the_authors_code_cannot_compute(run_command, make_tokenformer, tmp
     assert (done.code, done.out) == (2, "")
     assert "norm_activation 'gelu': the authors' code has no weight function without a norm" in done.err
     assert not (tmp_path / "back").exists()
+
+
+def test_a_yaml_configuration_by_name(run_command, source: Path, tmp_path: Path) -> None:
+    (source / "config.json").unlink()
+    sizes = {name: value for name, value in CONFIG.items() if name not in ("padded_vocab_size", "tied")}
+    text = json.dumps({**sizes, "pos_emb": "rotary", "norm": "layernorm_nonparam"})
+    (tmp_path / "150M_eval.yml").write_text(text)
+    without = run_command("convert", "official", "native", source, tmp_path / "native")
+    assert (without.code, without.out) == (2, "")
+    assert "a YAML file such as 150M_eval.yml beside it, or one named with --config" in without.err
+    config = ("--config", tmp_path / "150M_eval.yml")
+    done = run_command("convert", "official", "native", source, tmp_path / "native", *config)
+    assert (done.code, done.err) == (0, "")
+    assert "`150M_eval.yml`" in (tmp_path / "native" / "README.md").read_text()
+    back = run_command("convert", "native", "official", tmp_path / "native", tmp_path / "back", *config)
+    assert (back.code, back.out) == (2, "")
+    assert "--config: native to official reads the configuration in the source alone" in back.err
+    absent = run_command("convert", "official", "native", source, tmp_path / "x", "--config", "absent.yml")
+    assert absent.code == 2
+    assert "absent.yml: no such file" in absent.err

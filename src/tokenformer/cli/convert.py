@@ -13,6 +13,9 @@ _EXAMPLES = """
 `tokenformer convert official native TokenFormer-150M models/150m` : a checkpoint of the authors' code
 (`config.json` and `pytorch_model.bin`) to a model directory
 
+`tokenformer convert official native TokenFormer-150M models/150m --config configs/tokenformer/150M_eval.yml` : the same
+with the YAML configuration of the authors' code, which is found by itself where it lies beside the weights
+
 `tokenformer convert native official models/mine checkpoint` : a model or run directory to a checkpoint for the authors'
 code; a grown model is rewritten to compute the same there
 """
@@ -27,11 +30,19 @@ def convert(
     ],
     source: Annotated[Path, typer.Argument(metavar="SRC", help="The directory to read.")],
     target: Annotated[Path, typer.Argument(metavar="DST", help="The directory to write; new or empty.")],
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Of `official`: its configuration, JSON or YAML, where it does not lie in SRC.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Convert a model between formats; every tensor is accounted for, nothing is guessed."""
     from tokenformer.interop.formats import find_conversion
 
-    converted = find_conversion(source_format, target_format)(source, target)
+    converted = find_conversion(source_format, target_format, config=config)(source, target)
     config = converted.config
     tokenizer = "tokenizer.json copied" if converted.has_tokenizer else "no tokenizer.json in the source"
     print(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +15,7 @@ from tokenformer.models.config import DecoderConfig
 class Converted(NamedTuple):
     """What a conversion wrote.
 
-    ``config``: of the model that was written; ``tensors``: how many were mapped; ``dtype``: of the authors' file
+    ``config``: of the model that was written; ``tensors``: how many were mapped; ``dtype``: of the foreign file
     (``float32``, ...); ``has_tokenizer``: whether a ``tokenizer.json`` came along; ``changes``: what had to be
     rewritten for the same function, in words; without any, weights are the same bit for bit.
     """
@@ -33,18 +34,31 @@ _CONVERSIONS = {
     ("official", "native"): "tokenformer.interop.official:official_to_native",
     ("native", "official"): "tokenformer.interop.official_export:native_to_official",
 }
+_WITH_CONFIG = {("official", "native")}
 
 
-def find_conversion(source_format: str, target_format: str) -> Convert:
+def find_conversion(source_format: str, target_format: str, *, config: Path | None = None) -> Convert:
     """The function that converts a directory of one format to another: ``convert(source, target)``.
 
+    Args:
+        source_format: ``official`` or ``native``.
+        target_format: likewise.
+        config: a configuration to read instead of the one in the source, for the formats that have them apart.
+
     Raises:
-        TokenFormerError: this pair is not known; the message lists those that are.
+        TokenFormerError: this pair is not known, the message lists those that are; or it takes no ``config``.
     """
-    place = _CONVERSIONS.get((source_format, target_format))
+    pair = (source_format, target_format)
+    place = _CONVERSIONS.get(pair)
     if place is None:
         known = "; ".join(f"{source} to {target}" for source, target in _CONVERSIONS)
         raise TokenFormerError(f"convert: {source_format} to {target_format} is not offered; known: {known}")
     module, name = place.split(":")
     convert: Convert = getattr(import_module(module), name)
-    return convert
+    if config is None:
+        return convert
+    if pair not in _WITH_CONFIG:
+        raise TokenFormerError(
+            f"--config: {source_format} to {target_format} reads the configuration in the source alone"
+        )
+    return partial(convert, config=config)

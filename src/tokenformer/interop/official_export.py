@@ -26,7 +26,9 @@ from torch import Tensor
 from tokenformer.errors import TokenFormerError
 from tokenformer.files import new_directory, require_free, write_json
 from tokenformer.interop.formats import Converted
-from tokenformer.interop.official import OfficialConfig, check_weights, tensor_map
+from tokenformer.interop.official import tensor_map
+from tokenformer.interop.official_config import ROPE_THETA, OfficialConfig
+from tokenformer.interop.weights import check_weights
 from tokenformer.models.config import DecoderConfig
 from tokenformer.models.directory import load_model
 from tokenformer.models.paths import resolve_model_directory
@@ -90,7 +92,7 @@ def _representable(config: DecoderConfig, place: str) -> TokenFormerConfig:
         problems.append("tie_word_embeddings false: the names of an untied output layer are not known")
     if config.position_embedding != "rotary":
         problems.append(f"position_embedding '{config.position_embedding}': expected rotary")
-    elif config.rope_theta != 10000.0:
+    elif config.rope_theta != ROPE_THETA:
         problems.append(f"rope_theta {config.rope_theta:g}: the authors' is 10000")
     if problems:
         raise TokenFormerError(

@@ -54,6 +54,16 @@ def weight_files(directory: Path) -> list[Path]:
         raise TokenFormerError(
             f"{directory}: found neither {WEIGHTS} nor {INDEX}; expected a model directory"
         )
+    return indexed_files(index)
+
+
+def indexed_files(index: Path) -> list[Path]:
+    """The files that an index of sharded weights (``*.index.json``) names.
+
+    Raises:
+        TokenFormerError: a damaged index, or a shard that is missing or lies elsewhere.
+    """
+    directory = index.parent
     weight_map = read_json(index, "the index of sharded weights").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise TokenFormerError(f"{index}: weight_map: expected an object of tensor names and their files")
@@ -62,5 +72,5 @@ def weight_files(directory: Path) -> list[Path]:
         if Path(name).name != name:
             raise TokenFormerError(f"{index}: shard '{name}' lies outside the model directory")
         if not (directory / name).is_file():
-            raise TokenFormerError(f"{directory / name}: missing, but named in {INDEX}")
+            raise TokenFormerError(f"{directory / name}: missing, but named in {index.name}")
     return [directory / name for name in names]
