@@ -225,7 +225,7 @@ def test_a_tensor_in_two_shards(source: Path) -> None:
 def test_parts_of_a_model_are_refused(source: Path) -> None:
     for rank in range(2):
         torch.save({"module": {}}, source / f"mp_rank_0{rank}_model_states.pt")
-    with pytest.raises(TokenFormerError, match="2 files .* split over tensor-parallel ranks"):
+    with pytest.raises(TokenFormerError, match=r"2 files .* split over tensor-parallel ranks"):
         official_to_native(source, source.parent / "model")
 
 

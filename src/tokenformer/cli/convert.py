@@ -43,11 +43,9 @@ def convert(
     from tokenformer.interop.formats import find_conversion
 
     converted = find_conversion(source_format, target_format, config=config)(source, target)
-    config = converted.config
+    made = converted.config
     tokenizer = "tokenizer.json copied" if converted.has_tokenizer else "no tokenizer.json in the source"
-    print(
-        f"{config.class_name}, {config.num_parameters():,} parameters, context {config.max_position_embeddings}"
-    )
+    print(f"{made.class_name}, {made.num_parameters():,} parameters, context {made.max_position_embeddings}")
     print(f"{converted.tensors} tensors ({converted.dtype}) mapped, none left over; {tokenizer}")
     for change in converted.changes:
         print(change)

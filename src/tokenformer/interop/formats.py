@@ -54,7 +54,7 @@ def find_conversion(source_format: str, target_format: str, *, config: Path | No
         known = "; ".join(f"{source} to {target}" for source, target in _CONVERSIONS)
         raise TokenFormerError(f"convert: {source_format} to {target_format} is not offered; known: {known}")
     module, name = place.split(":")
-    convert: Convert = getattr(import_module(module), name)
+    convert: Callable[..., Converted] = getattr(import_module(module), name)
     if config is None:
         return convert
     if pair not in _WITH_CONFIG:
