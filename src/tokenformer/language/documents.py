@@ -7,6 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from tokenformer.errors import TokenFormerError
 from tokenformer.language.sources.arrow_files import (
@@ -98,13 +99,53 @@ def read_documents(
             damaged, a table without the column, or a package that is not installed.
     """
     faults = Faults(on_error, Counter() if skipped is None else skipped)
-    if str(source) == DEFAULT_CORPUS:
+    for unit in list_units(source):
+        yield from read_unit(unit, text_field, faults)
+
+
+class Unit(NamedTuple):
+    """What of a source is read by itself: the path of a file or saved dataset; or the name of a dataset of the hub
+    or of the default corpus."""
+
+    place: Path | str
+    in_folder: bool = False  # found by going through a folder, where binary files are passed over
+
+    def files(self) -> list[Path]:
+        """The files that it is read from, sorted; none of a dataset of the hub."""
+        if isinstance(self.place, str):
+            return [path for path, _ in standard_library_files()] if self.place == DEFAULT_CORPUS else []
+        path = self.place
+        return sorted(inner for inner in path.rglob("*") if inner.is_file()) if path.is_dir() else [path]
+
+
+def list_units(source: str | Path) -> list[Unit]:
+    """The parts of a source, which read one after another give the documents of :func:`read_documents`.
+
+    Raises:
+        TokenFormerError: a source that is missing.
+    """
+    if str(source) == DEFAULT_CORPUS or str(source).startswith(HUB_PREFIX):
+        return [Unit(str(source))]
+    found = []
+    for path in expand(source):
+        if path.is_dir() and not is_saved_dataset(path):
+            found += [Unit(inner, in_folder=True) for inner in _folder_content(path)]
+        else:
+            found.append(Unit(path))
+    return found
+
+
+def read_unit(unit: Unit, text_field: str, faults: Faults) -> Iterator[Document]:
+    """Stream the documents of one part of a source, in a fixed order; errors as in :func:`read_documents`."""
+    place = unit.place
+    if place == DEFAULT_CORPUS:
         yield from _read_standard_library(Faults("skip", faults.skipped))
-    elif str(source).startswith(HUB_PREFIX):
-        yield from read_hub(str(source), text_field, faults)
+    elif isinstance(place, str):
+        yield from read_hub(place, text_field, faults)
+    elif unit.in_folder and _is_binary_text(place):
+        faults.skipped["binary"] += 1
     else:
-        for path in expand(source):
-            yield from _read_path(path, text_field, faults)
+        yield from _read_path(place, text_field, faults)
 
 
 def _read_standard_library(faults: Faults) -> Iterator[Document]:
@@ -115,15 +156,14 @@ def _read_standard_library(faults: Faults) -> Iterator[Document]:
             yield Document(decode(content, name), name)
 
 
+def _is_binary_text(path: Path) -> bool:
+    """A file that would be read as text and is none."""
+    return path.is_file() and Path(plain_name(path)).suffix not in _TABLES and is_binary(path)
+
+
 def _read_path(path: Path, text_field: str, faults: Faults) -> Iterator[Document]:
     if is_saved_dataset(path):
         yield from read_saved_dataset(path, text_field, faults)
-    elif path.is_dir():
-        for inner in _folder_content(path):
-            if inner.is_file() and Path(plain_name(inner)).suffix not in _TABLES and is_binary(inner):
-                faults.skipped["binary"] += 1
-            else:
-                yield from _read_path(inner, text_field, faults)
     else:
         yield from _read_file(path, text_field, faults)
 
