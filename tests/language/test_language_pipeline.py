@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 
 from tokenformer.errors import TokenFormerError
 from tokenformer.language.pipeline import IGNORED, TrainingWindows, ValidationWindows
-from tokenformer.language.store import TokenStore, TokenStoreWriter
+from tokenformer.language.store import TokenStoreWriter
+from tokenformer.language.token_stream import TokenStream
 
-MakeStore = Callable[[int], TokenStore]
+MakeStore = Callable[[int], TokenStream]
 
 
 @pytest.fixture(scope="module")
@@ -26,15 +27,20 @@ def store_of(tmp_path_factory: pytest.TempPathFactory) -> MakeStore:
     """A store of the tokens 0, 1, 2, ..., in documents of seven."""
     folder = tmp_path_factory.mktemp("stores")
 
-    def make(length: int) -> TokenStore:
+    def make(length: int) -> TokenStream:
         prefix = folder / str(length)
         if not Path(f"{prefix}.idx").exists():
             with TokenStoreWriter(prefix, np.int32) as writer:
                 for start in range(0, length, 7):
                     writer.add_document(np.arange(start, min(start + 7, length)))
-        return TokenStore(prefix)
+        return TokenStream(folder, str(length))
 
     return make
+
+
+def consecutive(start: int, size: int) -> Callable[[int], range]:
+    """Batches of ``size`` samples from ``start`` on."""
+    return lambda k: range(start + k * size, start + (k + 1) * size)
 
 
 lengths = st.integers(2, 300)
@@ -72,7 +78,7 @@ def test_batches_from_any_sample_are_the_samples_themselves(
     t = 1 + length // 20
     windows, fresh = (TrainingWindows(store_of(length), t, seed) for _ in range(2))
     for batch_size in (size, other):
-        batches = windows.batches(start, batch_size)
+        batches = windows.batches(consecutive(start, batch_size))
         for number, batch in enumerate(islice(batches, 3)):
             first = start + number * batch_size
             expected = np.stack([fresh[first + row] for row in range(batch_size)])
@@ -99,8 +105,8 @@ def test_reading_ahead_ends_with_its_iterator(store_of: MakeStore) -> None:
 
     windows = TrainingWindows(store_of(1000), 10, 0)
     before = running()
-    closed = windows.batches(0, 4)
-    dropped = windows.batches(0, 4)
+    closed = windows.batches(consecutive(0, 4))
+    dropped = windows.batches(consecutive(0, 4))
     next(closed), next(dropped)
     assert running() > before
     closed.close()
@@ -123,7 +129,7 @@ def test_an_error_while_reading_reaches_the_consumer(
 
     monkeypatch.setattr(store, "tokens", broken)
     with pytest.raises(OSError, match="disk gone"):
-        next(windows.batches(0, 4))
+        next(windows.batches(consecutive(0, 4)))
 
 
 def test_a_store_shorter_than_a_window_is_refused(store_of: MakeStore) -> None:

@@ -18,6 +18,7 @@ from tokenformer.models.registry import build_model
 from tokenformer.train.config import RunConfig
 from tokenformer.train.device import find_device
 from tokenformer.train.metrics import read_metrics
+from tokenformer.train.micro_batches import MicroBatches
 from tokenformer.train.run import train
 from tokenformer.train.step import TrainStep
 
@@ -42,7 +43,7 @@ def test_loss_is_weighted_by_targets(make_config: MakeConfig) -> None:
     whole = make_step(make_config("optimizer.grad_clip=null"))
     split = make_step(make_config("optimizer.grad_clip=null", "data.micro_batch_size=1"))
     one = whole(iter([Batch(inputs, targets)]), 0)
-    many = split(iter(pieces), 0)
+    many = split(iter(pieces), 0, 4)
     assert one.targets == many.targets == (targets != -100).sum()
     torch.testing.assert_close(one.nats, many.nats)
     torch.testing.assert_close(one.grad_norm, many.grad_norm)
@@ -58,7 +59,7 @@ def test_loss_is_weighted_by_targets(make_config: MakeConfig) -> None:
 
 def test_gradients_are_clipped_to_the_norm(make_config: MakeConfig) -> None:
     step = make_step(make_config("optimizer.grad_clip=0.25"))
-    result = step(step.task.batches(0, 4), 0)
+    result = step(step.task.batches(MicroBatches(0, 4, 4)), 0)
     clipped = torch.nn.utils.get_total_norm([p.grad for p in step.parameters if p.grad is not None])
     assert result.grad_norm > 0.25
     assert clipped == pytest.approx(0.25, rel=1e-4)
@@ -77,7 +78,7 @@ def _broken(steps: set[int]) -> Any:
 
 def test_step_that_is_not_finite_changes_nothing(make_config: MakeConfig) -> None:
     step = make_step(make_config())
-    batches: Iterator[Batch] = step.task.batches(0, 4)
+    batches: Iterator[Batch] = step.task.batches(MicroBatches(0, 4, 4))
     with _broken({1, 2}):
         step(batches, 0)
         weights = [p.detach().clone() for p in step.parameters]

@@ -10,7 +10,7 @@ from pydantic import Field
 from tokenformer.errors import TokenFormerError
 from tokenformer.files import read_json
 from tokenformer.language.rules import DocumentRules
-from tokenformer.language.store import TokenStore
+from tokenformer.language.token_stream import TokenStream
 from tokenformer.language.tokenizers import Tokenizer, load_tokenizer
 from tokenformer.models.config import DecoderConfig
 from tokenformer.validation import StrictModel, validate
@@ -22,11 +22,13 @@ SPLIT_NAMES = ("train", "validation")
 
 
 class SplitInfo(StrictModel):
-    """Counts of one split: ``tokens`` include an end-of-document id each, ``utf8_bytes`` are of text."""
+    """Counts of one split: ``tokens`` include an end-of-document id each, ``utf8_bytes`` are of text; ``shards``
+    is the number of stores that hold it (:func:`~tokenformer.language.store.shard_prefixes`)."""
 
     documents: Count
     tokens: Count
     utf8_bytes: Count
+    shards: Annotated[int, Field(ge=1, lt=10**5)] = 1
 
 
 class SplitRule(StrictModel):
@@ -65,15 +67,15 @@ class DatasetInfo(StrictModel):
 
 
 class DataDirectory:
-    """A validated, memory-mapped data directory: ``path``, ``info``, ``tokenizer``, a store a split."""
+    """A validated, memory-mapped data directory: ``path``, ``info``, ``tokenizer``, a token stream a split."""
 
     def __init__(
-        self, path: Path, info: DatasetInfo, tokenizer: Tokenizer, stores: dict[str, TokenStore]
+        self, path: Path, info: DatasetInfo, tokenizer: Tokenizer, streams: dict[str, TokenStream]
     ) -> None:
         self.path = path
         self.info = info
         self.tokenizer = tokenizer
-        self._stores = stores
+        self._streams = streams
 
     @classmethod
     def open(cls, path: Path | str) -> DataDirectory:
@@ -96,8 +98,8 @@ class DataDirectory:
                 f"{path / 'tokenizer.json'}: has hash {tokenizer.sha256[:16]}, expected "
                 f"{info.tokenizer_sha256[:16]} ({DATASET_FILE}): not the tokenizer that made these tokens"
             )
-        stores = {name: _open_split(path, name, info) for name in info.splits}
-        return cls(path, info, tokenizer, stores)
+        streams = {name: _open_split(path, name, info) for name in info.splits}
+        return cls(path, info, tokenizer, streams)
 
     def check_model(self, config: DecoderConfig, tokenizer_sha256: str | None) -> None:
         """Refuse a model that cannot read these tokens; ``tokenizer_sha256`` of its tokenizer, where known.
@@ -119,24 +121,29 @@ class DataDirectory:
                 f"tokenizer of {self.path} ({info.tokenizer}: {info.vocab_size} ids, padded to a multiple of 128)"
             )
 
-    def split(self, name: str) -> TokenStore:
+    def split(self, name: str) -> TokenStream:
         """The tokens of a split.
 
         Raises:
             TokenFormerError: there is no such split.
         """
-        if name not in self._stores:
-            raise TokenFormerError(f"{self.path}: no split '{name}'; found {', '.join(self._stores)}")
-        return self._stores[name]
+        if name not in self._streams:
+            raise TokenFormerError(f"{self.path}: no split '{name}'; found {', '.join(self._streams)}")
+        return self._streams[name]
 
 
-def _open_split(path: Path, name: str, info: DatasetInfo) -> TokenStore:
-    store = TokenStore(path / name)
+def _open_split(path: Path, name: str, info: DatasetInfo) -> TokenStream:
     expected = info.splits[name]
-    found = (store.num_documents, store.num_tokens)
+    stream = TokenStream(path, name, expected.shards)
+    found = (stream.num_documents, stream.num_tokens)
     if found != (expected.documents, expected.tokens):
-        raise TokenFormerError(
-            f"{path / name}.idx: holds {found[0]} documents and {found[1]} tokens, expected "
-            f"{expected.documents} and {expected.tokens} ({DATASET_FILE})"
+        where = (
+            f"{stream.prefix}.idx"
+            if expected.shards == 1
+            else f"{stream.prefix}: its {expected.shards} shards"
         )
-    return store
+        raise TokenFormerError(
+            f"{where}: {'holds' if expected.shards == 1 else 'hold'} {found[0]} documents and {found[1]} tokens, "
+            f"expected {expected.documents} and {expected.tokens} ({DATASET_FILE})"
+        )
+    return stream

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import NamedTuple
 
 import numpy as np
 
 from tokenformer.errors import TokenFormerError
-from tokenformer.language.store import TokenStore
+from tokenformer.language.token_stream import TokenStream
 
 # grain warns on import where JAX is not installed, which it does not need here
 _level = logging.root.manager.disable
@@ -24,6 +24,7 @@ IGNORED = -100
 _LARGEST_SEED = 2**32 - 1
 _LARGEST_EPOCH = 2**32 - 1
 _PREFETCHED_BATCHES = 4
+_ENDLESS = 2**62
 
 
 class TrainingWindows:
@@ -36,7 +37,7 @@ class TrainingWindows:
         TokenFormerError: the store is shorter than one window, or the seed is out of range.
     """
 
-    def __init__(self, store: TokenStore, sequence_length: int, seed: int) -> None:
+    def __init__(self, store: TokenStream, sequence_length: int, seed: int) -> None:
         if store.num_tokens < sequence_length + 1:
             raise TokenFormerError(
                 f"{store.prefix}: holds {store.num_tokens} tokens, expected at least {sequence_length + 1} "
@@ -44,6 +45,7 @@ class TrainingWindows:
             )
         if not 0 <= seed <= _LARGEST_SEED:
             raise TokenFormerError(f"seed: found {seed}, expected a whole number from 0 to {_LARGEST_SEED}")
+        self.sequence_length = sequence_length
         source = _Windows(store, sequence_length)
         self.windows_per_epoch = len(source)
         if self.windows_per_epoch > _LARGEST_EPOCH:
@@ -60,23 +62,38 @@ class TrainingWindows:
         window: np.ndarray = self._samples[i]
         return window
 
-    def batches(self, start_sample: int, batch_size: int) -> Generator[np.ndarray, None, None]:
-        """Endless batches [batch_size, T + 1] int64 of the samples from ``start_sample`` on, read ahead in a
-        background thread, which ends when the iterator is closed or dropped."""
+    def batches(self, micro_batches: Callable[[int], range]) -> Generator[np.ndarray, None, None]:
+        """Endless batches [b, T + 1] int64: number k holds the samples ``micro_batches(k)``, and none of them where
+        that is empty. They are read ahead in a background thread, which ends when the iterator is closed or
+        dropped."""
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=_PREFETCHED_BATCHES)
-        # without drop_remainder grain takes the length, 2^63 - 1, through a float, which rounds it up too far
-        samples = self._samples[start_sample:].batch(batch_size, drop_remainder=True)
-        iterator = iter(samples.to_iter_dataset(options))
+        batches = grain.MapDataset.source(_Batches(self, micro_batches))
+        iterator = iter(batches.to_iter_dataset(options))
         try:
             yield from iterator
         finally:
             iterator.close()
 
 
+class _Batches:
+    """Batch k: the samples ``micro_batches(k)`` [b, T + 1]."""
+
+    def __init__(self, windows: TrainingWindows, micro_batches: Callable[[int], range]) -> None:
+        self._windows = windows
+        self._micro_batches = micro_batches
+
+    def __len__(self) -> int:
+        return _ENDLESS
+
+    def __getitem__(self, k: int) -> np.ndarray:
+        samples = [self._windows[i] for i in self._micro_batches(k)]
+        return np.stack(samples) if samples else np.empty((0, self._windows.sequence_length + 1), np.int64)
+
+
 class _Windows:
     """Window w: ids [T + 1] int64 from token w T on."""
 
-    def __init__(self, store: TokenStore, sequence_length: int) -> None:
+    def __init__(self, store: TokenStream, sequence_length: int) -> None:
         self._store = store
         self._length = sequence_length
 
@@ -105,7 +122,7 @@ class ValidationWindows:
         TokenFormerError: the store holds fewer than two tokens, or ``max_targets`` is below 1.
     """
 
-    def __init__(self, store: TokenStore, sequence_length: int, max_targets: int | None = None) -> None:
+    def __init__(self, store: TokenStream, sequence_length: int, max_targets: int | None = None) -> None:
         if store.num_tokens < 2:
             raise TokenFormerError(f"{store.prefix}: holds {store.num_tokens} tokens, expected at least 2")
         if max_targets is not None and max_targets < 1:

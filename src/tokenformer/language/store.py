@@ -41,6 +41,13 @@ def index_path(prefix: Path | str) -> Path:
     return Path(f"{prefix}.idx")
 
 
+def shard_prefixes(directory: Path, split: str, shards: int) -> list[Path]:
+    """Prefixes of a split's stores: ``<split>``, or ``<split>-00000-of-00004`` and so on where there are several."""
+    if shards == 1:
+        return [directory / split]
+    return [directory / f"{split}-{shard:05d}-of-{shards:05d}" for shard in range(shards)]
+
+
 class TokenStoreWriter:
     """Streams documents to ``<prefix>.bin``; the index is written when the ``with`` block ends well."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 
 import torch
@@ -10,7 +10,7 @@ import torch
 from tokenformer.errors import TokenFormerError
 from tokenformer.language.data_directory import DataDirectory
 from tokenformer.language.loss import Batch, LossSum, loss_sum
-from tokenformer.language.pipeline import TrainingWindows
+from tokenformer.language.pipeline import IGNORED, TrainingWindows
 from tokenformer.language.scoring import Evaluation, score
 from tokenformer.models.base import LanguageModel
 from tokenformer.models.config import DecoderConfig
@@ -43,10 +43,15 @@ class LanguageModelingTask:
         """
         self.data.check_model(config, tokenizer_sha256)
 
-    def batches(self, start_sample: int, sequences: int) -> Iterator[Batch]:
-        """Endless batches of ``sequences`` samples, from the global sample index ``start_sample`` on."""
-        with closing(self.windows.batches(start_sample, sequences)) as windows:
+    def batches(self, micro_batches: Callable[[int], range], *, workers: int = 0) -> Iterator[Batch]:
+        """Endless batches: number k holds the samples ``micro_batches(k)`` (global sample indices), or, where there are
+        none, one sequence without targets. A background thread reads ahead."""
+        with closing(self.windows.batches(micro_batches)) as windows:
             for tokens in windows:
+                if not len(tokens):
+                    empty = torch.zeros(1, self.sequence_length, dtype=torch.int64)
+                    yield Batch(empty, torch.full_like(empty, IGNORED))
+                    continue
                 window = torch.from_numpy(tokens)  # [b, t + 1]
                 yield Batch(window[:, :-1].contiguous(), window[:, 1:].contiguous())
 

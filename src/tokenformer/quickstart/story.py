@@ -29,6 +29,7 @@ from tokenformer.report.runs import report_run
 from tokenformer.train.checkpoint import TrainingCheckpoint, list_checkpoints, read_checkpoint
 from tokenformer.train.device import find_device
 from tokenformer.train.grow import grow_directory
+from tokenformer.train.micro_batches import MicroBatches
 from tokenformer.train.run import train
 from tokenformer.train.state import read_state
 from tokenformer.validation import validate
@@ -155,7 +156,8 @@ def _compare(
 ) -> GrowthResult:
     section = plan.run_config("small", out).data
     task = LanguageModelingTask(data, section.sequence_length, section.seed)
-    with closing(task.batches(before.state.next_sample, section.sequences_per_step)) as batches:  # type: ignore[type-var]
+    next_step = MicroBatches(before.state.next_sample, section.sequences_per_step, section.sequences_per_step)
+    with closing(task.batches(next_step)) as batches:  # type: ignore[type-var]
         batch = next(batches)
     losses = []
     for model in (before.model.eval(), after.model.eval()):

@@ -7,7 +7,8 @@ from typing import Any
 
 from tokenformer.language.data_directory import DataDirectory
 from tokenformer.language.rules import DocumentRules
-from tokenformer.language.store import TokenStore, data_path
+from tokenformer.language.store import data_path
+from tokenformer.language.token_stream import TokenStream
 from tokenformer.report.tables import Table, byte_size, count
 
 _SAMPLES = 3
@@ -25,20 +26,20 @@ def describe_data(path: Path) -> tuple[dict[str, Any], list[Table]]:
     facts = {"kind": "data", "path": str(path), **data.info.model_dump(mode="json")}
     facts["samples"] = []
     for name, split in facts["splits"].items():
-        store = data.split(name)
-        split["bytes_on_disk"] = data_path(path / name).stat().st_size
+        stream = data.split(name)
+        split["bytes_on_disk"] = sum(data_path(shard.prefix).stat().st_size for shard in stream.shards)
         split["tokens_per_document"] = split["tokens"] / max(split["documents"], 1)
         split["utf8_bytes_per_token"] = split["utf8_bytes"] / max(split["tokens"], 1)
-        facts["samples"] += [{"split": name, **sample} for sample in _samples(data, store)]
+        facts["samples"] += [{"split": name, **sample} for sample in _samples(data, stream)]
     return facts, _tables(facts)
 
 
-def _samples(data: DataDirectory, store: TokenStore) -> list[dict[str, Any]]:
-    number = min(_SAMPLES, store.num_documents)
-    chosen = [index * store.num_documents // number for index in range(number)]
+def _samples(data: DataDirectory, stream: TokenStream) -> list[dict[str, Any]]:
+    number = min(_SAMPLES, stream.num_documents)
+    chosen = [index * stream.num_documents // number for index in range(number)]
     samples = []
     for index in chosen:
-        tokens = store.document(index)
+        tokens = stream.document(index)
         text = data.tokenizer.decode(tokens[:_SAMPLE_TOKENS].tolist())
         samples.append({"document": index, "tokens": len(tokens), "text": _shorten(text)})
     return samples

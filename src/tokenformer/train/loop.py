@@ -13,6 +13,7 @@ from tokenformer.train.config import StageConfig
 from tokenformer.train.device import autocast
 from tokenformer.train.interrupts import StopRequest
 from tokenformer.train.metrics import MetricsLog
+from tokenformer.train.micro_batches import MicroBatches
 from tokenformer.train.state import TrainingState
 from tokenformer.train.step import TrainStep
 from tokenformer.train.window import MetricsWindow
@@ -58,10 +59,13 @@ class StageLoop:
             TokenFormerError: several updates in a row were not finite, or the disk refuses.
         """
         data = self.stage.data
-        batches = self.step.task.batches(self.state.next_sample, data.sequences_per_forward)
+        micro_batches = MicroBatches(
+            self.state.next_sample, data.sequences_per_step, data.sequences_per_forward
+        )
+        batches = self.step.task.batches(micro_batches)
         with closing(batches):  # type: ignore[type-var]
             while self.state.stage_step < self.stage.steps and self._request.signal_number is None:
-                result = self.step(batches, self.state.stage_step)
+                result = self.step(batches, self.state.stage_step, micro_batches.per_step)
                 self._window.add(result)
                 self._advance()
                 self._do_what_is_due()

@@ -13,6 +13,7 @@ from tokenformer.language.task import LanguageModelingTask
 from tokenformer.models.base import LanguageModel
 from tokenformer.progress import short_number
 from tokenformer.train.config import StageConfig
+from tokenformer.train.micro_batches import MicroBatches
 from tokenformer.train.optimizer import Moments
 from tokenformer.train.state import TrainingState
 from tokenformer.train.step import to_device
@@ -58,7 +59,8 @@ def grow_for_stage(
     model.requires_grad_(True)  # what the former stage froze is its own affair
     grown = grow_model(model, stage.grow, seed=seed + state.stage, step=state.step)
     sequences = min(_MEASURED_SEQUENCES, stage.data.sequences_per_forward)
-    with closing(task.batches(state.next_sample, sequences)) as batches:  # type: ignore[type-var]
+    first = MicroBatches(state.next_sample, sequences, sequences)
+    with closing(task.batches(first)) as batches:  # type: ignore[type-var]
         batch = to_device(next(batches), device)
     with torch.compiler.set_stance("force_eager"):  # fused kernels of two models round differently
         change = logit_change(model, grown.model, batch.inputs)

@@ -19,7 +19,7 @@ class DataConfig(StrictModel):
     """What is trained on. ``path`` is a data directory, relative to the current directory.
 
     ``batch_tokens`` is the global batch of one optimiser step; ``micro_batch_size`` is how many sequences go
-    through the model at once (null: all of them), from which gradient accumulation follows.
+    through the model at once, at most (null: all of them), from which gradient accumulation follows.
     """
 
     path: str
@@ -34,11 +34,6 @@ class DataConfig(StrictModel):
             raise ValueError(
                 f"batch_tokens {self.batch_tokens} is not a multiple of sequence_length {self.sequence_length}"
             )
-        if self.sequences_per_step % self.sequences_per_forward:
-            raise ValueError(
-                f"micro_batch_size {self.micro_batch_size} does not divide the {self.sequences_per_step} "
-                "sequences of a step (batch_tokens / sequence_length)"
-            )
         return self
 
     @property
@@ -48,11 +43,6 @@ class DataConfig(StrictModel):
     @property
     def sequences_per_forward(self) -> int:
         return self.micro_batch_size or self.sequences_per_step
-
-    @property
-    def accumulation(self) -> int:
-        """Forward and backward passes of one optimiser step."""
-        return self.sequences_per_step // self.sequences_per_forward
 
     @property
     def stream(self) -> tuple[str, int, int]:

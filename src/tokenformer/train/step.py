@@ -59,10 +59,10 @@ class TrainStep:
         """The rate of update ``stage_step`` (from 0) of the stage, before multipliers."""
         return self.stage.optimizer.lr * lr_factor(self.stage.schedule, stage_step, self.stage.steps)
 
-    def __call__(self, batches: Iterator[Any], stage_step: int) -> StepResult:
-        """Take the next micro-batches of ``batches`` and update the model."""
+    def __call__(self, batches: Iterator[Any], stage_step: int, accumulation: int = 1) -> StepResult:
+        """Take the next ``accumulation`` micro-batches of ``batches`` and update the model."""
         self.optimizer.zero_grad(set_to_none=True)
-        nats, targets = self._accumulate(batches)
+        nats, targets = self._accumulate(batches, accumulation)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         scale = 1 if self.loss_scale is None else self.loss_scale.scale
         torch._foreach_mul_(gradients, self.stage.data.batch_tokens / targets / scale)
@@ -81,10 +81,10 @@ class TrainStep:
             self.loss_scale.update(finite)
         return StepResult(nats, targets, grad_norm, finite, sick)
 
-    def _accumulate(self, batches: Iterator[Any]) -> tuple[Tensor, Tensor]:
+    def _accumulate(self, batches: Iterator[Any], accumulation: int) -> tuple[Tensor, Tensor]:
         nats = torch.zeros((), device=self.device)
         targets = torch.zeros((), device=self.device)
-        for _ in range(self.stage.data.accumulation):
+        for _ in range(accumulation):
             batch = to_device(next(batches), self.device)
             with autocast(self.dtype, self.device):
                 loss = self.task.loss(self.model, batch)

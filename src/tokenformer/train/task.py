@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -24,8 +24,10 @@ class LossSum(Protocol):
 class Task(Protocol):
     """A source of batches and the loss over them; batches are NamedTuples of CPU tensors."""
 
-    def batches(self, start_sample: int, sequences: int) -> Iterator[Any]:
-        """Endless batches of ``sequences`` samples, from the global sample index ``start_sample`` on."""
+    def batches(self, micro_batches: Callable[[int], range], *, workers: int = 0) -> Iterator[Any]:
+        """Endless batches: number k holds the samples ``micro_batches(k)`` (global sample indices), or, where there are
+        none, one sequence without targets. ``workers`` processes read ahead (0: a thread of this process does); they
+        change nothing else. ``micro_batches`` is pure and can be pickled."""
         ...
 
     def loss(self, model: LanguageModel, batch: Any) -> LossSum:
