@@ -32,11 +32,11 @@ def prepare(
         list[str],
         typer.Argument(
             metavar="SOURCE",
-            help="Text files, .jsonl and .json (each also as .gz, .xz, .bz2, .zst), .parquet, .arrow, datasets "
-            "written by save_to_disk, folders of these (read recursively), quoted globs; `hf:NAME[:config][:split]`, "
-            "streamed from the Hugging Face hub at each of two or three passes (split `train` unless given); or "
-            "`default`: the Python source files of this interpreter's standard library. .zst, .parquet, .arrow and "
-            "hf: need `pip install 'tokenformer[data]'`.",
+            help="Text files, .jsonl, .json and .tfrecord (each also as .gz, .xz, .bz2, .zst, .zip), .parquet, "
+            ".arrow, .array_record, datasets written by save_to_disk, folders of these (read recursively), quoted "
+            "globs; `hf:NAME[:config][:split]`, streamed from the Hugging Face hub at each of two or three passes "
+            "(split `train` unless given); or `default`: the Python source files of this interpreter's standard "
+            "library. .zst, .parquet, .arrow, .tfrecord and hf: need `pip install 'tokenformer[data]'`.",
             show_default=False,
         ),
     ],

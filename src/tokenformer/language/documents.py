@@ -19,6 +19,7 @@ from tokenformer.language.sources.arrow_files import (
 from tokenformer.language.sources.compression import explain_damage, plain_name
 from tokenformer.language.sources.hub import HUB_PREFIX, check_hub_source, read_hub
 from tokenformer.language.sources.json_files import read_json_file, read_json_lines
+from tokenformer.language.sources.record_files import read_array_record, read_tfrecord, without_shard
 from tokenformer.language.sources.records import Document, Faults, OnError
 from tokenformer.language.sources.text_files import decode, is_binary, read_text_file
 from tokenformer.language.standard_library import standard_library_files
@@ -31,8 +32,13 @@ _RECORD_READERS = {
     ".json": read_json_file,
     ".parquet": read_parquet,
     ".arrow": read_arrow,
+    ".tfrecord": read_tfrecord,
+    ".tfrecords": read_tfrecord,
+    ".arrayrecord": read_array_record,
+    ".array_record": read_array_record,
 }
-_TABLES = {".parquet", ".arrow"}
+_PACKED_INSIDE = {".parquet", ".arrow", ".arrayrecord", ".array_record"}
+_BINARY = {*_PACKED_INSIDE, ".tfrecord", ".tfrecords"}
 
 
 def check_sources(sources: Sequence[str | Path]) -> None:
@@ -65,8 +71,9 @@ def expand(source: str | Path) -> list[Path]:
         return [Path(source)]
     if not glob.has_magic(str(source)):
         raise TokenFormerError(
-            f"{source}: no such file or folder; expected a text file, .jsonl, .json, .parquet or .arrow (text "
-            "and JSON also as .gz, .xz, .bz2 or .zst), a folder, a saved dataset, a glob, hf:NAME or "
+            f"{source}: no such file or folder; expected a text file, .jsonl, .json, .parquet, .arrow, "
+            ".tfrecord or .array_record (text, JSON and TFRecord also as .gz, .xz, .bz2, .zst or .zip), a folder, "
+            "a saved dataset, a glob, hf:NAME or "
             f"'{DEFAULT_CORPUS}'"
         )
     found = {Path(name) for name in glob.glob(str(source), recursive=True)}  # noqa: PTH207 (may be absolute)
@@ -85,8 +92,9 @@ def read_documents(
     """Stream the documents of one source, in a fixed order.
 
     A text file is one document. ``.jsonl`` holds one in ``text_field`` of each line, ``.json`` in each item of
-    its list, ``.parquet``, ``.arrow`` and folders of ``datasets.save_to_disk`` in each row. Text and JSON are
-    unpacked by the suffix (``.gz``, ``.xz``, ``.bz2``, ``.zst``). A folder is read recursively in sorted
+    its list, ``.parquet``, ``.arrow`` and folders of ``datasets.save_to_disk`` in each row, ``.tfrecord`` and
+    ``.array_record`` in each record. Text, JSON and TFRecord are unpacked by the suffix (``.gz``, ``.xz``,
+    ``.bz2``, ``.zst``, ``.zip`` of one file). A folder is read recursively in sorted
     order, without hidden files; a glob as the sorted files and folders it matches; ``hf:NAME[:config][:split]``
     streams a dataset of the Hugging Face hub.
 
@@ -158,7 +166,7 @@ def _read_standard_library(faults: Faults) -> Iterator[Document]:
 
 def _is_binary_text(path: Path) -> bool:
     """A file that would be read as text and is none."""
-    return path.is_file() and Path(plain_name(path)).suffix not in _TABLES and is_binary(path)
+    return path.is_file() and _kind(path) not in _BINARY and is_binary(path)
 
 
 def _read_path(path: Path, text_field: str, faults: Faults) -> Iterator[Document]:
@@ -182,13 +190,18 @@ def _folder_content(folder: Path) -> list[Path]:
 
 
 def _read_file(path: Path, text_field: str, faults: Faults) -> Iterator[Document]:
-    suffix = Path(plain_name(path)).suffix
-    if suffix in _TABLES and path.suffix != suffix:
+    kind = _kind(path)
+    if kind in _PACKED_INSIDE and plain_name(path) != path.name:
         raise TokenFormerError(
-            f"{path}: a packed {suffix} file, which is packed inside already; unpack it first"
+            f"{path}: a packed {kind} file, which is packed inside already; unpack it first"
         )
-    reader = _RECORD_READERS.get(suffix)
+    reader = _RECORD_READERS.get(kind)
     if reader is None:
         yield from read_text_file(path, faults)
     else:
         yield from reader(path, text_field, faults)
+
+
+def _kind(path: Path) -> str:
+    """The suffix below that of a compression, without the number of a shard."""
+    return Path(without_shard(plain_name(path))).suffix

@@ -1,4 +1,4 @@
-"""Files as they are or packed (.gz, .xz, .bz2, .zst), read as a stream of bytes."""
+"""Files as they are or packed (.gz, .xz, .bz2, .zst, .zip of one file), read as a stream of bytes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import bz2
 import gzip
 import io
 import lzma
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,7 +29,7 @@ def open_bytes(path: Path) -> IO[bytes]:
     """Open for reading, unpacked by suffix.
 
     Raises:
-        TokenFormerError: a .zst file without the package ``zstandard``.
+        TokenFormerError: a .zst file without the package ``zstandard``; a .zip of several files, or encrypted.
     """
     opener = _OPENERS.get(path.suffix)
     return cast(IO[bytes], opener(path)) if opener else path.open("rb")
@@ -39,7 +40,7 @@ def explain_damage(path: Path) -> Iterator[None]:
     """Turn what reading ``path`` may raise into an error that names it."""
     try:
         yield
-    except (lzma.LZMAError, zlib.error, EOFError, gzip.BadGzipFile) as error:
+    except (lzma.LZMAError, zlib.error, EOFError, gzip.BadGzipFile, zipfile.BadZipFile) as error:
         raise TokenFormerError(f"{path}: damaged or not a {path.suffix} file ({error})") from error
     except OSError as error:
         if error.errno is None:  # not from the system: what bz2 and pyarrow raise for wrong content
@@ -98,9 +99,27 @@ def _open_zstandard(path: Path) -> IO[bytes]:
     return io.BufferedReader(_ZstandardReader(path, zstandard), _BLOCK)
 
 
+class _ZipReader(io.BufferedReader):
+    """The one file in an archive; its checksum is verified at its end."""
+
+    def __init__(self, path: Path) -> None:
+        self._archive = zipfile.ZipFile(path)
+        members = [member for member in self._archive.infolist() if not member.is_dir()]
+        if len(members) != 1 or members[0].flag_bits & 1:
+            found = f"{len(members)} files" if len(members) != 1 else "an encrypted file"
+            self._archive.close()
+            raise TokenFormerError(f"{path}: an archive of {found}, expected one file; unpack it first")
+        super().__init__(self._archive.open(members[0]), _BLOCK)  # type: ignore[arg-type]
+
+    def close(self) -> None:
+        super().close()
+        self._archive.close()
+
+
 _OPENERS: dict[str, Callable[[Path], Any]] = {
     ".xz": lzma.open,
     ".gz": gzip.open,
     ".bz2": bz2.open,
     ".zst": _open_zstandard,
+    ".zip": _ZipReader,
 }
