@@ -37,10 +37,11 @@ class Grown(NamedTuple):
     fresh_optimizer: bool
 
     def moments(self, named: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
-        """Adam moments of the larger model from those of the old one.
+        """Moments of the larger model from those of the old one.
 
         Args:
-            named: parameter name -> ``exp_avg``, ``exp_avg_sq`` (shaped like the parameter) and ``step``.
+            named: parameter name -> Adam's ``exp_avg``, ``exp_avg_sq`` (shaped like the parameter) and ``step``, or
+                Muon's ``momentum_buffer``. Each group is a matrix of its own to Muon, before and after.
 
         Returns:
             The same for the new model; parameters that start afresh are absent.
@@ -78,7 +79,7 @@ def grow(
         proj: see ``qkv``.
         ffn: see ``qkv``.
         init: ``exact``, ``copies`` or ``random``.
-        optimizer: an Adam-like optimiser of ``module``; from now on it optimises the copy. Old groups keep their
+        optimizer: Adam, AdamW or Muon over ``module``; from now on it optimises the copy. Old groups keep their
             moments, new ones join the parameter group of their layer (the first one if the layer was
             not optimised) and start at step 0.
         seed: draws the new tokens.
@@ -168,7 +169,7 @@ def _copy_sources(layer: str, groups: int, r: int) -> dict[str, CopiedFrom]:
 
 
 def _copied_moments(state: Mapping[str, Tensor], factor: float, shape: torch.Size) -> dict[str, Tensor]:
-    powers = {"exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2}
+    powers = {"momentum_buffer": 1, "exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2}
     moved = {}
     for name, value in state.items():
         if name in powers:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tokenformer.errors import TokenFormerError
 
 Moments = Mapping[str, Mapping[str, Tensor]]
-_ADAM_STATE = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step"}
+_KNOWN_STATE = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step", "momentum_buffer"}
 
 
 def move_optimizer(
@@ -22,13 +22,13 @@ def move_optimizer(
     """Make ``optimizer`` optimise ``new`` in place of ``old``.
 
     Args:
-        optimizer: over parameters of ``old``, with Adam-like state.
+        optimizer: over parameters of ``old``, with the state of Adam or Muon.
         old: the model before.
         new: its larger copy, with the names of ``old`` and more.
         carry: moments of ``old`` by name -> moments of ``new`` by name.
 
     Raises:
-        TokenFormerError: a parameter or a kind of state that is not ``old``'s or not Adam's.
+        TokenFormerError: a parameter or a kind of state that is not ``old``'s, or neither Adam's nor Muon's.
     """
     names = {id(parameter): name for name, parameter in old.named_parameters()}
     targets = dict(new.named_parameters())
@@ -36,9 +36,9 @@ def move_optimizer(
         if any(id(parameter) not in names for parameter in group["params"]):
             raise TokenFormerError("grow: the optimizer holds parameters that are not the model's")
     for state in optimizer.state.values():
-        if unknown := state.keys() - _ADAM_STATE:
+        if unknown := state.keys() - _KNOWN_STATE:
             raise TokenFormerError(
-                f"grow: optimizer state {sorted(unknown)} is not Adam's and cannot be carried over"
+                f"grow: optimizer state {sorted(unknown)} is neither Adam's nor Muon's and cannot be carried over"
             )
     named = {names[id(parameter)]: state for parameter, state in optimizer.state.items()}
     carried = carry(named)

@@ -25,19 +25,19 @@ from tokenformer.files import new_directory, read_text, write_json, write_text
 from tokenformer.language.tokenizers import Tokenizer, load_tokenizer
 from tokenformer.models.base import LanguageModel
 from tokenformer.models.registry import load_config, model_class
-from tokenformer.train.optimizer import Moments
+from tokenformer.train.optimizer import STATE_KEYS, Moments
 from tokenformer.train.state import STATE_FILE, TrainingState, is_checkpoint, read_state
 
 _TENSORS = "tensors"
 _RUN_CONFIG = "run.yaml"
 _STEP_NAME = re.compile(r"step-(\d{8,})")
-_MOMENT_NAME = re.compile(r"moments\.(.+)\.(exp_avg|exp_avg_sq|step)")
+_MOMENT_NAME = re.compile(rf"moments\.(.+)\.({'|'.join(STATE_KEYS)})")
 
 
 @dataclass(frozen=True)
 class TrainingCheckpoint:
-    """What a checkpoint holds. ``moments`` are AdamW's by parameter name (a parameter that is absent starts at
-    step 0); ``run_config`` the YAML of the run that wrote it;
+    """What a checkpoint holds. ``moments`` are the optimiser's by parameter name (a parameter that is absent
+    starts afresh); ``run_config`` the YAML of the run that wrote it;
     ``rng`` the generator states by device type."""
 
     model: LanguageModel

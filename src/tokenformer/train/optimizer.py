@@ -1,4 +1,4 @@
-"""AdamW over named parameters: which decay, at which learning rate, which are frozen; moments in and out by name."""
+"""The optimiser over named parameters: which decay, at which learning rate, which are frozen; its state by name."""
 
 from __future__ import annotations
 
@@ -11,14 +11,19 @@ from torch import Tensor, nn
 
 from tokenformer.errors import TokenFormerError
 from tokenformer.models.base import LanguageModel
+from tokenformer.train.muon import Muon
 from tokenformer.train.sections import OptimizerConfig
 from tokenformer.validation import nearest
 
 Moments = dict[str, dict[str, Tensor]]
-"""By parameter name: ``exp_avg``, ``exp_avg_sq`` (shaped as the parameter), ``step`` (float32, no dimensions)."""
+"""By parameter name: AdamW's ``exp_avg``, ``exp_avg_sq`` (shaped as the parameter) and ``step`` (float32, no
+dimensions), or Muon's ``momentum_buffer`` (shaped as the parameter)."""
 
 _GROUP_SUFFIX = re.compile(r"(?:key_tokens|value_tokens)\.(\d+)$")
-_STATE_KEYS = ("exp_avg", "exp_avg_sq", "step")
+_ADAMW_KEYS, _MUON_KEYS = ("exp_avg", "exp_avg_sq", "step"), ("momentum_buffer",)
+STATE_KEYS = (*_ADAMW_KEYS, *_MUON_KEYS)
+_NO_MATRICES = ("embedding", "head", "norm")
+"""Roles that AdamW trains beside Muon, whatever their shape."""
 
 
 def growth_group(parameter_name: str) -> int | None:
@@ -57,15 +62,17 @@ def check_roles_and_groups(
         raise TokenFormerError(f"{place}: frozen_groups and frozen_roles leave nothing to train")
 
 
-def build_optimizer(model: LanguageModel, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW whose groups carry ``lr_multiplier``; frozen parameters no longer require gradients and are left out.
+def build_optimizer(model: LanguageModel, config: OptimizerConfig) -> torch.optim.AdamW | Muon:
+    """The optimiser, whose groups carry ``lr_multiplier``; frozen parameters no longer require gradients and are left
+    out.
 
-    Weight decay acts on every parameter with two or more dimensions that is no norm's.
+    Weight decay acts on every parameter with two or more dimensions that is no norm's. Muon takes the matrices inside
+    the blocks; of parameter tokens, each growth group is a matrix of its own.
 
     Raises:
         TokenFormerError: everything is frozen.
     """
-    groups: defaultdict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
+    groups: defaultdict[tuple[str, float, float], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in model.named_parameters():
         role, group = model.role_of(name), growth_group(name)
         frozen = role in config.frozen_roles or group in config.frozen_groups
@@ -75,18 +82,27 @@ def build_optimizer(model: LanguageModel, config: OptimizerConfig) -> torch.opti
             continue
         multiplier = config.lr_multipliers.get(role, 1.0) * config.lr_multipliers.get(f"group:{group}", 1.0)
         decay = config.weight_decay if parameter.ndim >= 2 and role != "norm" else 0.0
-        groups[decay, multiplier].append(parameter)
+        by_muon = config.name == "muon" and parameter.ndim == 2 and role not in _NO_MATRICES
+        if config.name == "muon" and not by_muon:
+            multiplier *= (config.adamw_lr or config.lr) / config.lr
+        groups["muon" if by_muon else "adamw", decay, multiplier].append(parameter)
     if not groups:
         raise TokenFormerError("optimizer: frozen_groups and frozen_roles leave nothing to train")
-    return torch.optim.AdamW(
-        [
-            {"params": parameters, "weight_decay": decay, "lr_multiplier": multiplier}
-            for (decay, multiplier), parameters in groups.items()
-        ],
+    described = [
+        {"params": parameters, "algorithm": algorithm, "weight_decay": decay, "lr_multiplier": multiplier}
+        for (algorithm, decay, multiplier), parameters in groups.items()
+    ]
+    if config.name == "adamw":
+        return torch.optim.AdamW(described, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    return Muon(
+        described,
         lr=config.lr,
         betas=config.betas,
         eps=config.eps,
-        fused=True,
+        momentum=config.momentum,
+        nesterov=config.nesterov,
+        ns_steps=config.ns_steps,
+        adjust_lr=config.adjust_lr,
     )
 
 
@@ -107,7 +123,7 @@ def named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> Moments:
     The tensors are the optimiser's own, not copies.
     """
     return {
-        name: {key: optimizer.state[parameter][key] for key in _STATE_KEYS}
+        name: {key: value for key, value in optimizer.state[parameter].items() if key in STATE_KEYS}
         for name, parameter in model.named_parameters()
         if optimizer.state.get(parameter)
     }
@@ -116,26 +132,32 @@ def named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> Moments:
 def load_named_state(
     model: nn.Module, optimizer: torch.optim.Optimizer, moments: Mapping[str, Mapping[str, Tensor]]
 ) -> None:
-    """Copy ``moments`` into the optimiser. A parameter that is absent starts at step 0; moments of a frozen
-    parameter are kept for the stage that trains it again.
+    """Copy ``moments`` into the optimiser. A parameter that is absent starts afresh, and so does one whose moments are
+    of the other algorithm (AdamW's where Muon trains it, or the reverse); moments of a frozen parameter are kept for
+    the stage that trains it again.
 
     Raises:
         TokenFormerError: a name that the model does not have, a missing entry or another shape.
     """
     parameters = dict(model.named_parameters())
     _refuse_unknown(moments, parameters)
+    algorithms = {p: group["algorithm"] for group in optimizer.param_groups for p in group["params"]}
     for name, entry in moments.items():
         parameter = parameters[name]
-        for key in _STATE_KEYS:
+        found = "muon" if entry.keys() & set(_MUON_KEYS) else "adamw"
+        if algorithms.get(parameter, found) != found:
+            continue
+        keys = _MUON_KEYS if found == "muon" else _ADAMW_KEYS
+        for key in keys:
             expected = torch.Size() if key == "step" else parameter.shape
             if key not in entry or entry[key].shape != expected:
-                found = tuple(entry[key].shape) if key in entry else "nothing"
+                shape = tuple(entry[key].shape) if key in entry else "nothing"
                 raise TokenFormerError(
-                    f"optimiser state of {name}: {key}: found {found}, expected {tuple(expected)}"
+                    f"optimiser state of {name}: {key}: found {shape}, expected {tuple(expected)}"
                 )
         optimizer.state[parameter] = {
             key: entry[key].detach().to(device=parameter.device, dtype=torch.float32, copy=True)
-            for key in _STATE_KEYS
+            for key in keys
         }
 
 

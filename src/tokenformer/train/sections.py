@@ -61,12 +61,21 @@ class DataOverrides(StrictModel):
 
 
 class OptimizerConfig(StrictModel):
-    """AdamW. ``lr_multipliers`` scales the learning rate of a role (``embedding``, ``norm``, ``qkv``, ...) or of a
-    growth group (``"group:1"``, 0 is the oldest); both apply where both match. Frozen groups and roles stay
-    bit-identical."""
+    """``adamw``, or ``muon`` for the matrices inside the blocks with AdamW for the rest. ``lr_multipliers`` scales the
+    learning rate of a role (``embedding``, ``norm``, ``qkv``, ...) or of a growth group (``"group:1"``, 0 is the
+    oldest); both apply where both match. Frozen groups and roles stay bit-identical.
 
-    name: Literal["adamw"] = "adamw"
+    Muon alone: ``adamw_lr`` is the rate of the rest (null: ``lr``); ``adjust_lr`` how the rate follows from a matrix's
+    shape: ``match_rms_adamw`` (0.2 sqrt(max(n, m)): rate and decay of AdamW serve) or ``original``
+    (sqrt(max(1, n / m)), whose rates are about 0.02)."""
+
+    name: Literal["adamw", "muon"] = "adamw"
     lr: PositiveFloat = 6e-4
+    adamw_lr: PositiveFloat | None = None
+    momentum: Annotated[Float, Field(ge=0, lt=1)] = 0.95
+    nesterov: bool = True
+    ns_steps: Annotated[Int, Field(gt=0, le=20)] = 5
+    adjust_lr: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
     betas: tuple[Annotated[Float, Field(ge=0, lt=1)], Annotated[Float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     eps: PositiveFloat = 1e-8
     weight_decay: Annotated[Float, Field(ge=0)] = 0.1
@@ -74,6 +83,13 @@ class OptimizerConfig(StrictModel):
     lr_multipliers: dict[str, PositiveFloat] = Field(default_factory=dict)
     frozen_groups: tuple[NonNegativeInt, ...] = ()
     frozen_roles: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _check_name(self) -> OptimizerConfig:
+        for field in ("adamw_lr", "momentum", "nesterov", "ns_steps", "adjust_lr"):
+            if self.name != "muon" and getattr(self, field) != type(self).model_fields[field].default:
+                raise ValueError(f"{field} belongs to muon, but the optimizer's name is '{self.name}'")
+        return self
 
     @field_validator("lr_multipliers")
     @classmethod
