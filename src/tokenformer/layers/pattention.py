@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -14,6 +15,10 @@ from tokenformer.ops.pattention import NORM_ACTIVATIONS, NormActivation, WeightK
 
 COPY_NOISE = 0.1
 """Noise on the values of copies, relative to their own root mean square; it sums to zero over the copies."""
+
+
+PattentionOp = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor], WeightKind], Tensor]
+"""x, keys, values, kind -> output, as :func:`~tokenformer.ops.pattention.pattention`."""
 
 
 class TokenInit(NamedTuple):
@@ -43,7 +48,8 @@ class Pattention(nn.Module):
         init: how fresh tokens are drawn; by default keys with std 1/sqrt(d_in), values with 1/sqrt(n).
         generator: draws the first weights.
 
-    ``key_tokens`` and ``value_tokens`` hold one Parameter for each group: [n_g, d_in] and [n_g, d_out].
+    ``key_tokens`` and ``value_tokens`` hold one Parameter for each group: [n_g, d_in] and [n_g, d_out]. ``op`` is the
+    function that computes the layer; parallelism puts its own in its place.
 
     Raises:
         TokenFormerError: a size or tau that is not positive, an unknown kind.
@@ -79,6 +85,7 @@ class Pattention(nn.Module):
         self.kind = WeightKind(
             norm_activation, float(sum(groups) if tau is None else tau), gelu_approximate, norm_eps
         )
+        self.op: PattentionOp = pattention
         self.init = init or TokenInit(key_std=1 / math.sqrt(in_features), value_std=1.0, scale_values=True)
         self.key_tokens = nn.ParameterList(torch.empty(n, in_features) for n in groups)
         self.value_tokens = nn.ParameterList(torch.empty(n, out_features) for n in groups)
@@ -114,7 +121,7 @@ class Pattention(nn.Module):
             raise ValueError(
                 f"x: found last axis {x.shape[-1]} in {list(x.shape)}, expected {self.in_features}"
             )
-        return pattention(x, list(self.key_tokens), list(self.value_tokens), self.kind)
+        return self.op(x, list(self.key_tokens), list(self.value_tokens), self.kind)
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:

@@ -18,7 +18,7 @@ has weights and gradient zero, where the plain formula gives NaN.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -42,7 +42,29 @@ class WeightKind(NamedTuple):
     norm_eps: float = 0.0
 
 
-def pattention(x: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], kind: WeightKind) -> Tensor:
+class RowReductions(NamedTuple):
+    """How a figure of each row ([..., 1], float32) becomes that of the whole row where the parameter tokens at hand are
+    a part of the layer's. ``total`` must be differentiable; ``largest`` is never differentiated."""
+
+    largest: Callable[[Tensor], Tensor]
+    total: Callable[[Tensor], Tensor]
+
+
+def _as_it_is(figure: Tensor) -> Tensor:
+    return figure
+
+
+WHOLE_ROWS = RowReductions(_as_it_is, _as_it_is)
+"""Every parameter token of the layer is at hand."""
+
+
+def pattention(
+    x: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    kind: WeightKind,
+    rows: RowReductions = WHOLE_ROWS,
+) -> Tensor:
     """Attention of ``x`` over the parameter tokens of all groups, on the fastest path that applies.
 
     Args:
@@ -50,6 +72,7 @@ def pattention(x: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], kind
         keys: one [n_g, d_in] for each group g.
         values: one [n_g, d_out] for each group g.
         kind: the weight function.
+        rows: for parameter tokens that are a part of the layer's; the result is then that part's share of the output.
 
     Returns:
         [..., d_out], in the dtype of ``x``, or in autocast's where that is on. float16 is computed in float32
@@ -61,47 +84,57 @@ def pattention(x: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], kind
     compute = torch.float32 if dtype == torch.float16 else dtype
     with without_autocast(x.device.type):
         x, keys, values = x.to(compute), [k.to(compute) for k in keys], [v.to(compute) for v in values]
-        if pattention_cpu.applies(x):
+        has_whole_rows = rows is WHOLE_ROWS or kind.norm_activation == "gelu"  # which looks at no other token
+        if has_whole_rows and pattention_cpu.applies(x):
             return pattention_cpu.pattention_row_blocks(x, keys, values, kind).to(dtype)
-        return pattention_reference(x, keys, values, kind).to(dtype)
+        return pattention_reference(x, keys, values, kind, rows).to(dtype)
 
 
 def pattention_reference(
-    x: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], kind: WeightKind
+    x: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    kind: WeightKind,
+    rows: RowReductions = WHOLE_ROWS,
 ) -> Tensor:
     """The definition, in plain differentiable tensor operations; arguments as for :func:`pattention`."""
     scores = [F.linear(x, group) for group in keys]
-    weights = attention_weights(scores, kind)
+    weights = attention_weights(scores, kind, rows)
     out = weights[0].to(x.dtype) @ values[0]
     for group_weights, group in zip(weights[1:], values[1:], strict=True):
         out = out + group_weights.to(x.dtype) @ group
     return out
 
 
-def attention_weights(scores: Sequence[Tensor], kind: WeightKind) -> list[Tensor]:
+def attention_weights(
+    scores: Sequence[Tensor], kind: WeightKind, rows: RowReductions = WHOLE_ROWS
+) -> list[Tensor]:
     """Weights of every parameter token.
 
     Args:
         scores: one [..., n_g] for each group.
         kind: the weight function; norms and sums run over the tokens of all groups.
+        rows: as for :func:`pattention`.
 
     Returns:
         One [..., n_g] for each group, float32 (float64 for float64 scores).
     """
     wide = [s if s.dtype == torch.float64 else s.float() for s in scores]
     if kind.norm_activation == "softmax":
-        largest = _largest(wide)
+        largest = rows.largest(
+            _largest([s.detach() for s in wide])
+        )  # cancels, so no gradient goes through it
         exponentials = [torch.exp(s - largest) for s in wide]
-        total = _sum_over_groups(exponentials)
+        total = rows.total(_sum_over_groups(exponentials))
         return [e / total * kind.tau for e in exponentials]
     if kind.norm_activation == "gelu":
         return [gelu(s, kind.gelu_approximate) for s in wide]
     root = math.sqrt(kind.tau)
     if kind.norm_activation == "l2_norm_gelu":
-        divisor = row_norm(wide) + kind.norm_eps
+        divisor = row_norm(wide, rows) + kind.norm_eps
         return [gelu(s / divisor * root, kind.gelu_approximate) for s in wide]
     activated = [gelu(s, kind.gelu_approximate) for s in wide]
-    divisor = row_norm(activated) + kind.norm_eps
+    divisor = row_norm(activated, rows) + kind.norm_eps
     return [g / divisor * root for g in activated]
 
 
@@ -114,12 +147,12 @@ def gelu(scores: Tensor, approximate: str) -> Tensor:
     return torch.where(scores > GELU_SATURATION, scores, F.gelu(bounded, approximate=approximate))
 
 
-def row_norm(parts: Sequence[Tensor]) -> Tensor:
+def row_norm(parts: Sequence[Tensor], rows: RowReductions = WHOLE_ROWS) -> Tensor:
     """``|row|`` over all groups, [..., 1]; infinite where the row is zero, so that the quotient and its gradient
     are zero there."""
-    largest = _largest([part.detach().abs() for part in parts])
+    largest = rows.largest(_largest([part.detach().abs() for part in parts]))
     scale = torch.where(largest > 0, largest, 1.0)
-    squares = _sum_over_groups([(part / scale).square() for part in parts])
+    squares = rows.total(_sum_over_groups([(part / scale).square() for part in parts]))
     nonzero = squares > 0
     norm = scale * torch.where(nonzero, squares, 1.0).sqrt()
     return torch.where(nonzero, norm, torch.inf)
