@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.distributed.tensor.placement_types import Placement, Replicate, Shard
+from torch.distributed.tensor.placement_types import Replicate, Shard
 from torch.optim.adamw import adamw
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -57,9 +57,9 @@ class Muon(torch.optim.Optimizer):
     """Muon over the parameter groups with ``algorithm: muon`` (matrices), AdamW over those with ``adamw``.
 
     Each step of a matrix W with gradient G: ``B += (1 - momentum) (G - B)``; ``W *= 1 - lr decay``;
-    ``W -= lr ratio orthogonalize(M)`` with M = B, or G + momentum (B - G) with ``nesterov``. Parameters may be DTensors:
-    the matrices are put together for the orthogonalisation, and ranks share that work. The attribute ``found_inf``
-    (1.0 on the device) makes a step leave everything as it is, as with torch's fused optimisers.
+    ``W -= lr ratio orthogonalize(M)`` with M = B, or G + momentum (B - G) with ``nesterov``. Parameters may be
+    DTensors: the matrices are put together for the orthogonalisation, and ranks share that work. The attribute
+    ``found_inf`` (1.0 on the device) makes a step leave everything as it is, as with torch's fused optimisers.
 
     Args:
         groups: dicts with ``params``, ``algorithm`` and ``weight_decay``.
@@ -181,7 +181,7 @@ def _row_group(parameter: DTensor) -> dist.ProcessGroup | None:
 
 def _gathered(parameter: DTensor, update: Tensor, ns_steps: int) -> Tensor:
     """For any layout: every rank puts the matrix together and orthogonalises it."""
-    mesh, placements = parameter.device_mesh, cast(tuple[Placement, ...], parameter.placements)
+    mesh, placements = parameter.device_mesh, parameter.placements
     sharded = DTensor.from_local(
         update, mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
     )

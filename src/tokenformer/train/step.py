@@ -72,7 +72,7 @@ class TrainStep:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.stage.optimizer.grad_clip, grad_norm)
         set_learning_rate(self.optimizer, self.learning_rate(stage_step))
         # the protocol between GradScaler and fused optimisers: with found_inf = 1 the update does nothing
-        self.optimizer.found_inf = 1 - finite  # type: ignore[attr-defined]
+        self.optimizer.found_inf = 1 - finite  # type: ignore[union-attr]
         self.optimizer.step()
         sick = 1 - finite
         if self.loss_scale is not None:
