@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,6 +14,7 @@ import zstandard
 from datasets import Dataset
 
 from tokenformer.language.data_directory import DataDirectory
+from tokenformer.models.directory import save_model
 
 RunCommand = Callable[..., tuple[int, str, str]]
 LINES = "".join(f"line {i} of the book\n" for i in range(400))
@@ -166,3 +168,23 @@ def test_help_shows_examples(run_command: RunCommand) -> None:
     code, printed, _ = run_command("prepare", "--help")
     assert code == 0
     assert "tokenformer prepare default --out data/default" in printed
+
+
+def test_a_test_split_is_made_inspected_and_evaluated(
+    run_command: RunCommand, book: Path, tmp_path: Path, make_tokenformer: Callable[..., Any]
+) -> None:
+    (tmp_path / "t.txt").write_text("what is tested\n" * 20)
+    code, printed, errors = run_command(
+        "prepare", book, "--test", tmp_path / "t.txt", "--out", tmp_path / "data"
+    )
+    assert code == 0, errors
+    assert any(line.split()[:2] == ["test", "1"] for line in printed.splitlines())
+    code, printed, errors = run_command("inspect", tmp_path / "data")
+    assert code == 0, errors
+    assert "what is tested" in printed
+    assert "test sources" in printed
+    save_model(make_tokenformer(vocab_size=384), tmp_path / "model")
+    code, printed, errors = run_command(
+        "evaluate", tmp_path / "model", "--data", tmp_path / "data", "--split", "test"
+    )
+    assert code == 0, errors

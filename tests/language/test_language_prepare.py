@@ -110,6 +110,24 @@ def test_separate_validation_documents(corpus: Path, tmp_path: Path) -> None:
         prepare([corpus], tmp_path / "x", validation=[tmp_path / "v.txt"], validation_fraction=0.1)
 
 
+def test_test_documents_are_a_split_of_their_own(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_text("tested\n")
+    data = prepare([corpus], tmp_path / "data", test=[tmp_path / "t.txt"], validation_fraction=0.1)
+    assert list(data.info.splits) == ["train", "validation", "test"]
+    assert data.info.test_sources == [str(tmp_path / "t.txt")]
+    assert data.info.split_rule.method == "content_hash"
+    assert read_back(data, "test") == ["tested\n"]
+    without = prepare([corpus], tmp_path / "without", validation_fraction=0.1)
+    for split in ("train", "validation"):
+        assert read_back(data, split) == read_back(without, split)
+    (tmp_path / "one.txt").write_text("".join(f"line {i:03}\n" for i in range(100)))
+    cut = prepare([tmp_path / "one.txt"], tmp_path / "cut", test=[corpus], validation_fraction=0.1)
+    assert cut.info.split_rule.cut == 810  # of the text that is divided, whatever is given for the test
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(TokenFormerError, match=r"empty\.txt: an empty corpus"):
+        prepare([corpus], tmp_path / "x", test=[tmp_path / "empty.txt"])
+
+
 def test_of_one_text_the_last_lines_are_held_out(tmp_path: Path) -> None:
     lines = [f"line {i:04} über\n" for i in range(1000)]
     (tmp_path / "a.txt").write_text("".join(lines))

@@ -24,7 +24,9 @@ def evaluate(
     data: Annotated[
         Path, typer.Option(metavar="DIR", help="A data directory made with the model's tokenizer.")
     ],
-    split: Annotated[str, typer.Option(metavar="NAME", help="`train` or `validation`.")] = "validation",
+    split: Annotated[
+        str, typer.Option(metavar="NAME", help="`train`, `validation`, or `test` where there is one.")
+    ] = "validation",
     sequence_length: Annotated[
         int | None,
         typer.Option(min=1, metavar="T", help="Tokens of one window. Default: the model's context."),

@@ -58,6 +58,14 @@ def prepare(
             show_default=False,
         ),
     ] = None,
+    test: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SOURCE",
+            help="Documents of a split `test`; may be given more than once.",
+            show_default=False,
+        ),
+    ] = None,
     validation_fraction: Annotated[
         float | None,
         typer.Option(
@@ -149,6 +157,7 @@ def prepare(
         out,
         tokenizer=tokenizer,
         validation=validation or (),
+        test=test or (),
         validation_fraction=validation_fraction,
         text_field=text_field,
         rules=validate(DocumentRules, rules, source="prepare"),

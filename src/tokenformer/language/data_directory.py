@@ -19,6 +19,7 @@ DATASET_FILE = "dataset.json"
 Count = Annotated[int, Field(ge=0)]
 SplitName = Annotated[str, Field(pattern="^[a-z]+$")]  # also a file name
 SPLIT_NAMES = ("train", "validation")
+"""The splits that every data directory has; where ``test_sources`` were given there is also ``test``."""
 
 
 class SplitInfo(StrictModel):
@@ -53,6 +54,7 @@ class DatasetInfo(StrictModel):
     format_version: Literal[1] = 1
     sources: list[str]
     validation_sources: list[str]
+    test_sources: list[str] = []
     text_field: str
     rules: DocumentRules = DocumentRules()
     split_rule: SplitRule

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -42,6 +42,7 @@ def prepare(
     *,
     tokenizer: str | Path = "byte",
     validation: Sequence[str | Path] = (),
+    test: Sequence[str | Path] = (),
     validation_fraction: float | None = None,
     text_field: str = "text",
     rules: DocumentRules | None = None,
@@ -49,9 +50,10 @@ def prepare(
 ) -> DataDirectory:
     """Write the data directory ``out``; the same input gives the same bytes.
 
-    ``sources`` and ``validation`` are what :func:`~tokenformer.language.documents.read_documents` takes.
+    ``sources``, ``validation`` and ``test`` are what :func:`~tokenformer.language.documents.read_documents` takes.
     Without ``validation``, ``validation_fraction`` (0.05) of the documents is held out by a hash of their
-    text, or, where that would leave a side empty, the end of the text. ``tokenizer`` is ``byte``, ``bpe:N``
+    text, or, where that would leave a side empty, the end of the text. ``test`` documents make a split of their
+    own. ``tokenizer`` is ``byte``, ``bpe:N``
     (trained on the training documents, N ids in all) or a file or directory with a ``tokenizer.json``;
     ``eos_token`` names the end-of-document token of such a file. Without ``rules`` every document that is not
     empty is taken.
@@ -65,7 +67,9 @@ def prepare(
     bpe_size = _bpe_size(str(tokenizer))
     given = None if bpe_size else _given_tokenizer(tokenizer, eos_token)
     rules = rules or DocumentRules()
-    corpus = Corpus(sources, validation, text_field, rules)
+    separate = {"validation": validation, "test": test}
+    corpus = Corpus(sources, separate, text_field, rules)
+    names = SPLIT_NAMES + (("test",) if test else ())
 
     with progress_bar("reading", None, "MB") as bar:
         survey = corpus.survey(fraction, lambda text: bar.advance(len(text) / 1e6))
@@ -73,11 +77,12 @@ def prepare(
     made = given or train_bpe((part.text for part in corpus.parts(rule) if part.split == "train"), bpe_size)
 
     with new_directory(out) as scratch:
-        splits = _write_splits(corpus.parts(rule), made, scratch, survey.utf8_bytes)
+        splits = _write_splits(corpus.parts(rule), names, made, scratch, survey.utf8_bytes)
         made.save(scratch)
         info = DatasetInfo(
             sources=[str(source) for source in sources],
             validation_sources=[str(source) for source in validation],
+            test_sources=[str(source) for source in test],
             text_field=text_field,
             rules=rules,
             split_rule=rule,
@@ -127,15 +132,13 @@ def _given_tokenizer(tokenizer: str | Path, eos_token: str | None) -> Tokenizer:
 
 
 def _write_splits(
-    parts: Iterable[Part], tokenizer: Tokenizer, directory: Path, utf8_bytes: int
+    parts: Iterable[Part], names: Sequence[str], tokenizer: Tokenizer, directory: Path, utf8_bytes: int
 ) -> dict[str, SplitInfo]:
     dtype = token_dtype(tokenizer.padded_vocab_size)
     end = np.array([tokenizer.eos_token_id], dtype=dtype)
     written: Counter[str] = Counter()
     with ExitStack() as stack:
-        writers = {
-            split: stack.enter_context(TokenStoreWriter(directory / split, dtype)) for split in SPLIT_NAMES
-        }
+        writers = {split: stack.enter_context(TokenStoreWriter(directory / split, dtype)) for split in names}
         bar = stack.enter_context(progress_bar("tokenizing", utf8_bytes / 1e6, "MB"))
         for split, texts in _batches(parts):
             for ids in tokenizer.encode_batch(texts):
@@ -144,7 +147,7 @@ def _write_splits(
             written[split] += size
             bar.advance(size / 1e6)
             bar.note(f"{sum(writer.num_documents for writer in writers.values())} documents")
-    _check_written(written, utf8_bytes)
+    _check_written(written, names, utf8_bytes)
     return {
         split: SplitInfo(documents=writer.num_documents, tokens=writer.num_tokens, utf8_bytes=written[split])
         for split, writer in writers.items()
@@ -153,7 +156,7 @@ def _write_splits(
 
 def _batches(parts: Iterable[Part]) -> Iterator[tuple[str, list[str]]]:
     """Texts of one split at a time, a few megabytes together; each split keeps its order."""
-    waiting: dict[str, list[str]] = {split: [] for split in SPLIT_NAMES}
+    waiting: defaultdict[str, list[str]] = defaultdict(list)
     sizes: Counter[str] = Counter()
     for split, text in parts:
         waiting[split].append(text)
@@ -165,13 +168,13 @@ def _batches(parts: Iterable[Part]) -> Iterator[tuple[str, list[str]]]:
     yield from ((split, texts) for split, texts in waiting.items() if texts)
 
 
-def _check_written(written: Counter[str], utf8_bytes: int) -> None:
+def _check_written(written: Counter[str], names: Sequence[str], utf8_bytes: int) -> None:
     if sum(written.values()) != utf8_bytes:
         raise TokenFormerError(
             f"sources: changed while they were read: found {utf8_bytes} bytes of text, "
             f"then {sum(written.values())}"
         )
-    empty = [split for split in SPLIT_NAMES if not written[split]]
+    empty = [split for split in names if not written[split]]
     if empty:
         raise TokenFormerError(
             f"sources: {utf8_bytes} bytes of text are too few to divide: nothing is left for "

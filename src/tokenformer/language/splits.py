@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,18 +30,21 @@ class _Content(NamedTuple):
 
 
 class Survey(NamedTuple):
-    """What one pass over a corpus finds; ``held_out`` of the documents fall to validation by their hash."""
+    """What one pass over a corpus finds: ``utf8_bytes`` of all text and its hash; of the sources that are to be
+    divided, ``documents``, ``divided_bytes`` and ``held_out``, the documents that fall to validation by their hash.
+    """
 
     documents: int
-    utf8_bytes: int
+    divided_bytes: int
     held_out: int
+    utf8_bytes: int
     sha256: str
 
 
 class Corpus:
     """Documents of several sources that meet the rules, read anew at each pass; empty texts are left out.
 
-    ``skipped`` counts, by reason, what the latest pass left out.
+    ``separate`` are sources of a split of their own, by its name; those without any are ignored. ``skipped`` counts, by reason, what the latest pass left out.
 
     Raises:
         TokenFormerError: a source that does not exist, or none.
@@ -50,15 +53,14 @@ class Corpus:
     def __init__(
         self,
         sources: Sequence[str | Path],
-        validation_sources: Sequence[str | Path],
+        separate: Mapping[str, Sequence[str | Path]],
         text_field: str,
         rules: DocumentRules,
     ) -> None:
-        check_sources(sources)
-        if validation_sources:
-            check_sources(validation_sources)
         self._sources = list(sources)
-        self._validation_sources = list(validation_sources)
+        self._separate = {split: list(given) for split, given in separate.items() if given}
+        for given in (self._sources, *self._separate.values()):
+            check_sources(given)
         self._text_field = text_field
         self._rules = rules
         self.skipped: Counter[str] = Counter()
@@ -71,29 +73,43 @@ class Corpus:
         """
         corpus_hash = hashlib.sha256()
         first_seen = self._begin_pass()
-        documents = utf8_bytes = held_out = 0
-        for sources in filter(None, (self._sources, self._validation_sources)):
-            before = documents
-            for content in self._contents(sources, first_seen):
+        documents = divided_bytes = held_out = 0
+        for content in self._some_contents(self._sources, first_seen):
+            corpus_hash.update(content.digest)
+            documents += 1
+            divided_bytes += len(content.utf8)
+            held_out += _hash_fraction(content.digest) < validation_fraction
+            on_text(content.text)
+        utf8_bytes = divided_bytes
+        for sources in self._separate.values():
+            for content in self._some_contents(sources, first_seen):
                 corpus_hash.update(content.digest)
-                documents += 1
                 utf8_bytes += len(content.utf8)
-                held_out += _hash_fraction(content.digest) < validation_fraction
                 on_text(content.text)
-            if documents == before:
-                raise TokenFormerError(self._nothing_in(sources))
-        return Survey(documents, utf8_bytes, held_out, corpus_hash.hexdigest())
+        return Survey(documents, divided_bytes, held_out, utf8_bytes, corpus_hash.hexdigest())
 
     def parts(self, rule: SplitRule) -> Iterator[Part]:
         """All texts with their splits, in a fixed order."""
         first_seen = self._begin_pass()
         yield from _divide(self._contents(self._sources, first_seen), rule)
-        for content in self._contents(self._validation_sources, first_seen):
-            yield Part("validation", content.text)
+        for split, sources in self._separate.items():
+            for content in self._contents(sources, first_seen):
+                yield Part(split, content.text)
 
     def _begin_pass(self) -> Callable[[bytes], bool]:
         self.skipped.clear()
         return _FirstSeen() if self._rules.deduplicate else lambda digest: True
+
+    def _some_contents(
+        self, sources: Sequence[str | Path], first_seen: Callable[[bytes], bool]
+    ) -> Iterator[_Content]:
+        """As ``_contents``; an error where there is none."""
+        empty = True
+        for content in self._contents(sources, first_seen):
+            empty = False
+            yield content
+        if empty:
+            raise TokenFormerError(self._nothing_in(sources))
 
     def _contents(
         self, sources: Sequence[str | Path], first_seen: Callable[[bytes], bool]
@@ -141,7 +157,7 @@ def choose_rule(survey: Survey, validation_fraction: float) -> SplitRule:
     """By content hash where that leaves documents on both sides, else the end of the text is held out."""
     if 0 < survey.held_out < survey.documents:
         return SplitRule(method="content_hash", validation_fraction=validation_fraction)
-    cut = max(1, survey.utf8_bytes - max(1, round(survey.utf8_bytes * validation_fraction)))
+    cut = max(1, survey.divided_bytes - max(1, round(survey.divided_bytes * validation_fraction)))
     return SplitRule(method="tail", validation_fraction=validation_fraction, cut=cut)
 
 

@@ -57,9 +57,9 @@ def _tables(facts: dict[str, Any]) -> list[Table]:
     overview = [
         ("sources", ", ".join(facts["sources"])),
         *(
-            [("validation sources", ", ".join(facts["validation_sources"]))]
-            if facts["validation_sources"]
-            else []
+            (f"{split} sources", ", ".join(facts[f"{split}_sources"]))
+            for split in ("validation", "test")
+            if facts[f"{split}_sources"]
         ),
         ("split rule", ", ".join(f"{name} {value}" for name, value in rule.items() if value is not None)),
         ("documents", DocumentRules(**facts["rules"]).describe()),
