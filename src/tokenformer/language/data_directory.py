@@ -54,7 +54,7 @@ class DatasetInfo(StrictModel):
     format_version: Literal[1] = 1
     sources: list[str]
     validation_sources: list[str]
-    test_sources: list[str] = []
+    test_sources: list[str] = Field(default_factory=list)
     text_field: str
     rules: DocumentRules = DocumentRules()
     split_rule: SplitRule

@@ -44,7 +44,8 @@ class Survey(NamedTuple):
 class Corpus:
     """Documents of several sources that meet the rules, read anew at each pass; empty texts are left out.
 
-    ``separate`` are sources of a split of their own, by its name; those without any are ignored. ``skipped`` counts, by reason, what the latest pass left out.
+    ``separate`` are sources of a split of their own, by its name; those without any are ignored. ``skipped``
+    counts, by reason, what the latest pass left out.
 
     Raises:
         TokenFormerError: a source that does not exist, or none.
