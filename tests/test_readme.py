@@ -15,8 +15,13 @@ import pytest
 import torch
 import yaml
 
-from tokenformer.interop.official import OfficialConfig, tensor_map
+from tokenformer.interop.gpt_neox import native_to_gpt_neox
+from tokenformer.interop.official import tensor_map
+from tokenformer.interop.official_config import OfficialConfig
 from tokenformer.language.tokenizers import ByteTokenizer
+from tokenformer.models.directory import save_model
+from tokenformer.models.registry import build_model
+from tokenformer.models.transformer.config import TransformerConfig
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
@@ -81,7 +86,7 @@ def write_recipes() -> None:
         target.write_text(yaml.safe_dump(smaller(yaml.safe_load(recipe.read_text("utf-8"))), sort_keys=False))
 
 
-def write_official_checkpoint(directory: Path) -> None:
+def write_official_checkpoint(directory: Path, yaml_file: Path) -> None:
     config: dict[str, Any] = {
         "num_layers": 1,
         "hidden_size": 8,
@@ -92,15 +97,21 @@ def write_official_checkpoint(directory: Path) -> None:
         "seq_length": 16,
         "rotary_pct": 0.5,
         "norm_activation_type": "l2_norm_gelu",
-        "padded_vocab_size": 384,
-        "layernorm_epsilon": 1e-5,
-        "tied": True,
     }
+    neox = {"pos_emb": "rotary", "norm": "layernorm_nonparam"}
+    yaml_file.parent.mkdir(parents=True)
+    yaml_file.write_text(json.dumps(config | neox))
     directory.mkdir()
-    (directory / "config.json").write_text(json.dumps(config))
-    shapes = {key: ours.shape for key, ours in tensor_map(OfficialConfig(**config)).items()}
-    torch.save({key: torch.randn(shape) for key, shape in shapes.items()}, directory / "pytorch_model.bin")
+    official = OfficialConfig(**config, padded_vocab_size=384, layernorm_epsilon=1e-5, tied=True)
+    weights = {key: torch.zeros(ours.shape) for key, ours in tensor_map(official).items()}
+    torch.save(weights, directory / "pytorch_model.bin")
     ByteTokenizer().save(directory)
+
+
+def write_gpt_neox(directory: Path) -> None:
+    sizes = {"vocab_size": 384, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = build_model(TransformerConfig(**sizes, use_bias=True, use_parallel_residual=True))
+    native_to_gpt_neox(save_model(model, directory.with_name("transformer")), directory)
 
 
 def test_every_line_of_a_bash_block_is_tried_here() -> None:
@@ -115,12 +126,13 @@ def test_the_commands_work_as_written(
     monkeypatch.chdir(tmp_path)
     write_texts()
     write_recipes()
-    write_official_checkpoint(Path("checkpoint"))
+    write_official_checkpoint(Path("TokenFormer-150M"), Path("configs/tokenformer/150M_eval.yml"))
+    write_gpt_neox(Path("pythia-160m"))
     for arguments in commands("tokenformer"):
         done = run_command(*arguments)
         assert done.code == 0, f"tokenformer {shlex.join(arguments)}\n{done.out}\n{done.err}"
         assert "WARNING" not in done.err
-    for written in ("runs/larger/report.html", "reports/mine/report.html", "models/converted/config.json"):
+    for written in ("runs/larger/report.html", "reports/mine/report.html", "models/150m/config.json"):
         assert Path(written).is_file()
     ladder = json.loads(Path("runs/ladder/model/config.json").read_text())
     assert [step["init"] for step in ladder["growth_history"]] == ["exact", "exact"]

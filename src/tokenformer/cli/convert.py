@@ -18,15 +18,18 @@ with the YAML configuration of the authors' code, which is found by itself where
 
 `tokenformer convert native official models/mine checkpoint` : a model or run directory to a checkpoint for the authors'
 code; a grown model is rewritten to compute the same there
+
+`tokenformer convert gpt-neox native pythia-160m models/pythia-160m` : a directory of GPT-NeoX or Pythia in
+transformers' format to a Transformer of ours; `convert native gpt-neox` goes back
 """
 
 
 def convert(
     source_format: Annotated[
-        str, typer.Argument(metavar="FROM", help="The format of SRC: `official` or `native`.")
+        str, typer.Argument(metavar="FROM", help="The format of SRC: `official`, `gpt-neox` or `native`.")
     ],
     target_format: Annotated[
-        str, typer.Argument(metavar="TO", help="The format of DST: `native` or `official`.")
+        str, typer.Argument(metavar="TO", help="The format of DST: `native`, `official` or `gpt-neox`.")
     ],
     source: Annotated[Path, typer.Argument(metavar="SRC", help="The directory to read.")],
     target: Annotated[Path, typer.Argument(metavar="DST", help="The directory to write; new or empty.")],

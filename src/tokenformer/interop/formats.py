@@ -33,6 +33,8 @@ Convert = Callable[[Path, Path], Converted]
 _CONVERSIONS = {
     ("official", "native"): "tokenformer.interop.official:official_to_native",
     ("native", "official"): "tokenformer.interop.official_export:native_to_official",
+    ("gpt-neox", "native"): "tokenformer.interop.gpt_neox:gpt_neox_to_native",
+    ("native", "gpt-neox"): "tokenformer.interop.gpt_neox:native_to_gpt_neox",
 }
 _WITH_CONFIG = {("official", "native")}
 
@@ -41,7 +43,7 @@ def find_conversion(source_format: str, target_format: str, *, config: Path | No
     """The function that converts a directory of one format to another: ``convert(source, target)``.
 
     Args:
-        source_format: ``official`` or ``native``.
+        source_format: ``official``, ``gpt-neox`` or ``native``.
         target_format: likewise.
         config: a configuration to read instead of the one in the source, for the formats that have them apart.
 

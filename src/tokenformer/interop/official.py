@@ -9,18 +9,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from tokenformer.errors import TokenFormerError
 from tokenformer.files import require_free
 from tokenformer.interop.formats import Converted
 from tokenformer.interop.official_config import ROPE_THETA, OfficialConfig, find_config, read_official_config
+from tokenformer.interop.source import tokenizer_beside, write_native
 from tokenformer.interop.weights import Buffer, NativeTensor, check_weights, read_weights, rotary_frequencies
-from tokenformer.language.tokenizers import Tokenizer, load_tokenizer
-from tokenformer.models.base import LanguageModel
-from tokenformer.models.card import model_card
-from tokenformer.models.directory import save_model
-from tokenformer.models.registry import model_class
 
 _EMBEDDING = "sequential.0.word_embeddings.weight"
 
@@ -71,22 +65,20 @@ def official_to_native(source: Path, target: Path, *, config: Path | None = None
     rows = embedding.shape[0] if embedding is not None and embedding.ndim == 2 else None
     official = read_official_config(config, rows)
     native = official.to_native(str(config))
-    tokenizer = _load_tokenizer(source, native.vocab_size)
+    tokenizer = tokenizer_beside(source, native.vocab_size, "padded_vocab_size")
     expected = tensor_map(official)
     check_weights(weights.tensors, expected, weights.files[0], buffers=_buffers(official, native.rotary_dim))
 
-    with torch.device("meta"):  # no weights are drawn only to be replaced
-        model: LanguageModel = model_class(native.architecture)(native)
-    model.load_state_dict(
-        {ours.name: weights.tensors[key].float() for key, ours in expected.items()}, assign=True
+    write_native(
+        native,
+        {ours.name: weights.tensors[key].float() for key, ours in expected.items()},
+        target,
+        origin="a checkpoint of the authors' code",
+        source=source,
+        config_name=config.name,
+        weights=weights,
+        tokenizer=tokenizer,
     )
-    origin = {
-        "converted from": "a checkpoint of the authors' code",
-        "source": source.resolve().name,
-        "configuration": f"`{config.name}`",
-        **weights.provenance(),
-    }
-    save_model(model, target, card=model_card(native, {"Origin": origin}), tokenizer=tokenizer)
     return Converted(target, native, len(expected), weights.dtypes, tokenizer is not None)
 
 
@@ -96,14 +88,3 @@ def _buffers(official: OfficialConfig, rotary_dim: int) -> dict[str, Buffer]:
     return {
         f"sequential.{block + 2}.attention.rotary_emb.inv_freq": fits for block in range(official.num_layers)
     }
-
-
-def _load_tokenizer(source: Path, vocab_size: int) -> Tokenizer | None:
-    if not (source / "tokenizer.json").is_file():
-        return None
-    tokenizer = load_tokenizer(source)
-    if tokenizer.vocab_size > vocab_size:
-        raise TokenFormerError(
-            f"{source / 'tokenizer.json'}: has {tokenizer.vocab_size} tokens, but padded_vocab_size is {vocab_size}"
-        )
-    return tokenizer

@@ -62,6 +62,7 @@ class OfficialConfig(StrictModel):
         return validate(TokenFormerConfig, fields, source=source)
 
 
+_FLOATS = ("rotary_pct", "layernorm_epsilon", "rotary_emb_base")
 _NEOX_DEFAULTS = {"rotary_pct": 1.0, "layernorm_epsilon": 1e-5}  # of GPT-NeoX, where a file leaves them out
 _TAKEN = [name for name in OfficialConfig.model_fields if name not in ("padded_vocab_size", "tied")]
 
@@ -142,8 +143,18 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         name = str(written).replace("-", "_")
         if name in named and named[name] != value:
             raise TokenFormerError(f"{path}: {name}: given twice, as {named[name]!r} and {value!r}")
-        named[name] = value
+        named[name] = _number(value) if name in _FLOATS else value
     return named
+
+
+def _number(value: object) -> object:
+    """YAML 1.1 takes ``1e-5``, without a point, for text; JSON and the authors' code mean a number."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        return value
 
 
 def _differences(values: dict[str, Any]) -> list[str]:

@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 from tokenformer.models.config import DecoderConfig
 from tokenformer.models.tokenformer.config import TokenFormerConfig
 
+_LOADING = {
+    "tokenformer": "Load it with `tokenformer.load_model(path)`, or with `AutoModelForCausalLM.from_pretrained(path)` "
+    "of transformers after `import tokenformer.huggingface`.",
+    "transformers": "Load it with `AutoModelForCausalLM.from_pretrained(path)` of transformers.",
+}
 
-def model_card(config: DecoderConfig, facts: Mapping[str, Mapping[str, object]] | None = None) -> str:
+
+def model_card(
+    config: DecoderConfig,
+    facts: Mapping[str, Mapping[str, object]] | None = None,
+    *,
+    library: Literal["tokenformer", "transformers"] = "tokenformer",
+) -> str:
     """Markdown with a Hugging Face header.
 
     Args:
         config: the model.
         facts: further sections, title -> name -> value, e.g. ``{"Training": {"steps": 1000}}``.
+        library: whose format the directory has.
     """
     lines = [
         "---",
-        "library_name: tokenformer",
+        f"library_name: {library}",
         "pipeline_tag: text-generation",
         f"tags: [{config.architecture}]",
         "---",
@@ -37,7 +50,7 @@ def model_card(config: DecoderConfig, facts: Mapping[str, Mapping[str, object]] 
         lines += _growth(config)
     for title, values in (facts or {}).items():
         lines += _table(title, values)
-    lines += ["Load it with `tokenformer.load_model(path)`.", ""]
+    lines += [_LOADING[library], ""]
     return "\n".join(lines)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -58,8 +58,6 @@ def save_model(
         TokenFormerError: the directory is taken, the weights are not those that the configuration says (a layer
             was changed by itself), the tokenizer file is missing, or the disk refuses.
     """
-    from huggingface_hub import save_torch_state_dict
-
     directory = Path(directory)
     expected = _shapes(_without_weights(model.config))
     _compare(f"{directory}: the weights do not fit the model's configuration", expected, _shapes(model))
@@ -67,21 +65,34 @@ def save_model(
         raise TokenFormerError(f"{tokenizer}: no such file; expected a tokenizer.json")
     with new_directory(directory, replace=replace) as scratch:
         write_json(scratch / "config.json", model.config.to_json())
-        try:
-            save_torch_state_dict(
-                {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()},
-                scratch,
-                max_shard_size=max_shard_size,
-                metadata={"format": "pt"},
-            )
-        except SafetensorError as error:
-            raise TokenFormerError(f"{directory}: the weights could not be written ({error})") from error
+        save_weights(model.state_dict(), scratch, max_shard_size=max_shard_size)
         if isinstance(tokenizer, Path):
             shutil.copyfile(tokenizer, scratch / "tokenizer.json")
         elif tokenizer is not None:
             tokenizer.save(scratch)
         write_text(scratch / "README.md", card or model_card(model.config))
     return directory
+
+
+def save_weights(
+    weights: Mapping[str, Tensor], directory: Path, *, max_shard_size: int | str = MAX_SHARD_SIZE
+) -> None:
+    """Write ``model.safetensors``, or shards with their index, into ``directory``.
+
+    Raises:
+        TokenFormerError: the file could not be written.
+    """
+    from huggingface_hub import save_torch_state_dict
+
+    try:
+        save_torch_state_dict(
+            {name: tensor.detach().contiguous() for name, tensor in weights.items()},
+            directory,
+            max_shard_size=max_shard_size,
+            metadata={"format": "pt"},
+        )
+    except SafetensorError as error:
+        raise TokenFormerError(f"{directory}: the weights could not be written ({error})") from error
 
 
 def load_model(
