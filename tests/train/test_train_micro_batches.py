@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tokenformer.train.batch_sizes import BatchSizes
 from tokenformer.train.micro_batches import MicroBatches
 
 
@@ -52,3 +53,41 @@ def test_it_travels_between_processes() -> None:
 def test_sizes_that_cannot_be_are_refused(wrong: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"MicroBatches\(.*expected"):
         MicroBatches(*wrong)
+
+
+@given(
+    first=st.integers(1, 20),
+    rise=st.integers(0, 30),
+    warmup=st.integers(1, 12),
+    micro=st.integers(1, 9),
+    ranks=st.integers(1, 4),
+    begin=st.integers(0, 15),
+)
+def test_batch_that_grows_leaves_no_sample_out(
+    first: int, rise: int, warmup: int, micro: int, ranks: int, begin: int
+) -> None:
+    """The ranks' passes of every step hold its samples; starting at any step gives what the whole stage gives there."""
+    sizes = BatchSizes(first + rise, first, warmup)
+    steps = range(begin, begin + 16)
+    seen: list[int] = []
+    position = [0] * ranks
+    for step in steps:
+        for rank in range(ranks):
+            batches = MicroBatches(sizes.before(begin), sizes.full, micro, rank, ranks, sizes, begin)
+            for _ in range(batches.passes(step - begin)):
+                assert len(batches(position[rank])) <= micro
+                seen += batches(position[rank])
+                position[rank] += 1
+        assert len(seen) == sizes.before(step + 1) - sizes.before(begin)
+    assert seen == list(range(sizes.before(begin), sizes.before(begin + 16)))
+    assert [sizes.at(0), sizes.at(warmup)] == [first, first + rise]
+    assert all(sizes.at(s) <= sizes.at(s + 1) for s in range(warmup + 1))
+
+
+@given(
+    sequences=st.integers(1, 300), first=st.integers(1, 9), rise=st.integers(0, 9), warmup=st.integers(0, 20)
+)
+def test_steps_for_so_many_sequences(sequences: int, first: int, rise: int, warmup: int) -> None:
+    sizes = BatchSizes(first + rise, first, warmup)
+    steps = sizes.steps_for(sequences)
+    assert sizes.before(steps - 1) < sequences <= sizes.before(steps)

@@ -121,7 +121,7 @@ def _only_stage(config: RunConfig) -> StageConfig:
 
 def _flops(config: RunConfig, model: DecoderConfig) -> float:
     data = config.data
-    return _only_stage(config).steps * data.batch_tokens * model.flops_per_token(data.sequence_length)
+    return data.tokens_before(_only_stage(config).steps) * model.flops_per_token(data.sequence_length)
 
 
 def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

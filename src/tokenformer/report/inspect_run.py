@@ -77,7 +77,7 @@ def _stages(config: RunConfig) -> list[dict[str, Any]]:
         {
             "name": stage.name,
             "steps": stage.steps,
-            "tokens": stage.steps * stage.data.batch_tokens,
+            "tokens": stage.data.tokens_before(stage.steps),
             "grow": None if stage.grow is None else stage.grow.model_dump(mode="json", exclude_none=True),
             "lr": stage.optimizer.lr,
             "schedule": stage.schedule.name,

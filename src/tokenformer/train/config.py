@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -133,7 +132,7 @@ class RunConfig(StrictModel):
             name: _merge(getattr(self, name), getattr(spec, name), f"{place}.{name}")
             for name in _STAGE_SECTIONS
         }
-        steps = spec.steps if spec.steps is not None else math.ceil((spec.tokens or 0) / data.batch_tokens)
+        steps = spec.steps or data.batch_sizes.steps_for(-(-(spec.tokens or 0) // data.sequence_length))
         return StageConfig(
             name=spec.name or f"stage {index}", steps=steps, grow=spec.grow, data=data, **sections
         )

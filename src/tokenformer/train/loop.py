@@ -48,9 +48,8 @@ class StageLoop:
         self._window = MetricsWindow(step.device, stage.stability.max_nonfinite_steps)
         self._window_start = state.seconds
         self._unsaved_steps = 0
-        self._flops_per_step = stage.data.batch_tokens * step.model.config.flops_per_token(
-            stage.data.sequence_length
-        )
+        self._flops_per_token = step.model.config.flops_per_token(stage.data.sequence_length)
+        self._tokens_logged = state.tokens
 
     def run(self, bar: ProgressBar | None) -> TrainingState:
         """Train to the end of the stage, or until asked to stop; everything due is done and saved by then.
@@ -59,33 +58,40 @@ class StageLoop:
             TokenFormerError: several updates in a row were not finite, or the disk refuses.
         """
         data = self.stage.data
+        first_step = self.state.stage_step
         micro_batches = MicroBatches(
-            self.state.next_sample, data.sequences_per_step, data.sequences_per_forward
+            self.state.next_sample,
+            data.sequences_per_step,
+            data.sequences_per_forward,
+            sizes=data.batch_sizes,
+            first_step=first_step,
         )
         batches = self.step.task.batches(micro_batches)
         with closing(batches):  # type: ignore[type-var]
             while self.state.stage_step < self.stage.steps and self._request.signal_number is None:
-                result = self.step(batches, self.state.stage_step, micro_batches.per_step)
+                step, before = self.state.stage_step, self.state.tokens
+                result = self.step(batches, step, micro_batches.passes(step - first_step))
                 self._window.add(result)
                 self._advance()
                 self._do_what_is_due()
                 if bar is not None:
-                    bar.advance(data.batch_tokens)
+                    bar.advance(self.state.tokens - before)
                     bar.note(f"loss {self._metrics.latest.get('loss', float('nan')):.3f}")
             if self._unsaved_steps:  # asked to stop between the last look and now
                 self._write_checkpoint()
         return self.state
 
     def _advance(self) -> None:
-        data = self.stage.data
+        sequences = self.stage.data.batch_sizes.at(self.state.stage_step)
+        tokens = sequences * self.stage.data.sequence_length
         self._unsaved_steps += 1
         self.state = self.state.model_copy(
             update={
                 "step": self.state.step + 1,
                 "stage_step": self.state.stage_step + 1,
-                "tokens": self.state.tokens + data.batch_tokens,
-                "flops": self.state.flops + self._flops_per_step,
-                "next_sample": self.state.next_sample + data.sequences_per_step,
+                "tokens": self.state.tokens + tokens,
+                "flops": self.state.flops + tokens * self._flops_per_token,
+                "next_sample": self.state.next_sample + sequences,
             }
         )
 
@@ -109,13 +115,13 @@ class StageLoop:
         self._unsaved_steps = 0
 
     def _log(self) -> None:
-        steps = self._window.steps
         values = self._window.read()  # waits for the device, so the time is that of finished work
         self._count_skipped()
         elapsed = self.state.seconds - self._window_start
         self._window_start = self.state.seconds
         values["lr"] = self.step.learning_rate(self.state.stage_step - 1)
-        values["tokens_per_second"] = round(steps * self.stage.data.batch_tokens / max(elapsed, 1e-9), 1)
+        tokens, self._tokens_logged = self.state.tokens - self._tokens_logged, self.state.tokens
+        values["tokens_per_second"] = round(tokens / max(elapsed, 1e-9), 1)
         if self.state.loss_scale is not None:
             values["loss_scale"] = self.state.loss_scale
         if self.state.skipped_steps:

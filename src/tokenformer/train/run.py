@@ -161,7 +161,7 @@ class _Run:
             say=self.say,
             request=self.request,
         )
-        total, done = (count * stage.data.batch_tokens for count in (stage.steps, state.stage_step))
+        total, done = map(stage.data.tokens_before, (stage.steps, state.stage_step))
         shown = nullcontext() if self.quiet else progress_bar(stage.name, total, "tokens", done=done)
         with shown as bar:
             state = loop.run(bar)

@@ -9,10 +9,18 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from tokenformer.models.config import PositiveFloat, PositiveInt
+from tokenformer.train.batch_sizes import BatchSizes
 from tokenformer.validation import Float, Int, StrictModel
 
 Fraction = Annotated[Float, Field(ge=0, le=1)]
 NonNegativeInt = Annotated[Int, Field(ge=0)]
+
+
+class BatchWarmup(StrictModel):
+    """A batch that grows linearly from ``from_tokens`` to ``data.batch_tokens`` over the first ``steps`` of a stage."""
+
+    from_tokens: PositiveInt
+    steps: PositiveInt
 
 
 class DataConfig(StrictModel):
@@ -25,6 +33,7 @@ class DataConfig(StrictModel):
     path: str
     sequence_length: PositiveInt
     batch_tokens: PositiveInt
+    batch_warmup: BatchWarmup | None = None
     micro_batch_size: PositiveInt | None = None
     seed: Annotated[Int, Field(ge=0, lt=2**32)] = 0
 
@@ -34,7 +43,26 @@ class DataConfig(StrictModel):
             raise ValueError(
                 f"batch_tokens {self.batch_tokens} is not a multiple of sequence_length {self.sequence_length}"
             )
+        if self.batch_warmup is not None:
+            first = self.batch_warmup.from_tokens
+            if first % self.sequence_length or first > self.batch_tokens:
+                raise ValueError(
+                    f"batch_warmup.from_tokens {first} is not a multiple of sequence_length {self.sequence_length} "
+                    f"up to batch_tokens {self.batch_tokens}"
+                )
         return self
+
+    @property
+    def batch_sizes(self) -> BatchSizes:
+        """Sequences of each step of a stage."""
+        full, warmup = self.sequences_per_step, self.batch_warmup
+        if warmup is None:
+            return BatchSizes(full, full)
+        return BatchSizes(full, warmup.from_tokens // self.sequence_length, warmup.steps)
+
+    def tokens_before(self, step: int) -> int:
+        """Tokens that the steps 0 to ``step`` - 1 of a stage take."""
+        return self.batch_sizes.before(step) * self.sequence_length
 
     @property
     def sequences_per_step(self) -> int:
@@ -56,6 +84,7 @@ class DataOverrides(StrictModel):
     path: str | None = None
     sequence_length: PositiveInt | None = None
     batch_tokens: PositiveInt | None = None
+    batch_warmup: BatchWarmup | None = None
     micro_batch_size: PositiveInt | None = None
     seed: Annotated[Int, Field(ge=0, lt=2**32)] | None = None
 

@@ -27,7 +27,6 @@ class MetricsWindow:
         self._nats = torch.zeros((), device=self._device)
         self._targets = torch.zeros((), device=self._device)
         self._grad_norm = torch.zeros((), device=self._device)
-        self.steps = 0
 
     def add(self, result: StepResult) -> None:
         """Take in one step; skipped ones count only as skipped."""
@@ -37,7 +36,6 @@ class MetricsWindow:
         self._grad_norm = result.grad_norm
         self._skipped += 1 - result.finite
         self._in_a_row = (self._in_a_row + 1) * result.sick
-        self.steps += 1
 
     def take_skipped(self) -> int:
         """Updates skipped since the last call; waits for the device."""
