@@ -101,9 +101,9 @@ class TestTrain:
 
         take_step = TrainStep.__call__
 
-        def step(self: TrainStep, batches: Iterator[Any], stage_step: int) -> StepResult:
+        def step(self: TrainStep, batches: Iterator[Any], stage_step: int, *rest: int) -> StepResult:
             signal.raise_signal(signal.SIGINT)
-            return take_step(self, batches, stage_step)
+            return take_step(self, batches, stage_step, *rest)
 
         with mock.patch.object(TrainStep, "__call__", step):
             result = run_command("train", "tiny.yaml")

@@ -223,12 +223,12 @@ def stop_before(step_number: int) -> Any:
     """Send SIGINT when the given training step of the whole story begins."""
     take_step, taken = TrainStep.__call__, 0
 
-    def step(self: TrainStep, batches: Iterator[Any], stage_step: int) -> StepResult:
+    def step(self: TrainStep, batches: Iterator[Any], stage_step: int, *rest: int) -> StepResult:
         nonlocal taken
         taken += 1
         if taken == step_number:
             signal.raise_signal(signal.SIGINT)
-        return take_step(self, batches, stage_step)
+        return take_step(self, batches, stage_step, *rest)
 
     return mock.patch.object(TrainStep, "__call__", step)
 

@@ -21,6 +21,7 @@ from tokenformer.train.checkpoint import read_checkpoint
 from tokenformer.train.config import RunConfig
 from tokenformer.train.loss_scale import LossScale
 from tokenformer.train.metrics import read_metrics
+from tokenformer.train.micro_batches import MicroBatches
 from tokenformer.train.run import train
 from tokenformer.train.step import StepResult, TrainStep
 
@@ -54,7 +55,7 @@ def test_gradients_are_those_of_float32(make_config: MakeConfig, dtype: str) -> 
         model = build_model(config.model)
         task = LanguageModelingTask(DataDirectory.open(config.data.path), 16, 0)
         step = TrainStep(model, task, stage, torch.device("cpu"))
-        step(task.batches(0, 4), 0)
+        step(task.batches(MicroBatches(0, 4, 4)), 0)
         assert all(p.dtype == p.grad.dtype == torch.float32 for p in step.parameters if p.grad is not None)
         gradients[name] = torch.cat([p.grad.flatten() for p in step.parameters if p.grad is not None])
     error = (gradients[dtype] - gradients["float32"]).norm() / gradients["float32"].norm()
@@ -71,10 +72,10 @@ def test_scaled_run_resumes_bit_for_bit(
     assert whole.metrics["loss_scale"] == 1024.0
     take_step = TrainStep.__call__
 
-    def die(self: TrainStep, batches: Iterator[Any], stage_step: int) -> StepResult:
+    def die(self: TrainStep, batches: Iterator[Any], stage_step: int, *rest: int) -> StepResult:
         if stage_step == 5:
             raise KeyError("killed")
-        return take_step(self, batches, stage_step)
+        return take_step(self, batches, stage_step, *rest)
 
     with mock.patch.object(TrainStep, "__call__", die), pytest.raises(KeyError):
         train(config, tmp_path / "run", quiet=True)

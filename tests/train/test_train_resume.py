@@ -33,12 +33,12 @@ def signal_after(steps: int, number: int = signal.SIGTERM) -> Iterator[None]:
     """Send this process a signal in the middle of the ``steps``-th step from now."""
     take_step, left = TrainStep.__call__, steps
 
-    def step(self: TrainStep, batches: Iterator[Any], stage_step: int) -> StepResult:
+    def step(self: TrainStep, batches: Iterator[Any], stage_step: int, *rest: int) -> StepResult:
         nonlocal left
         left -= 1
         if left == 0:
             signal.raise_signal(number)
-        return take_step(self, batches, stage_step)
+        return take_step(self, batches, stage_step, *rest)
 
     with mock.patch.object(TrainStep, "__call__", step):
         yield
@@ -101,10 +101,10 @@ def test_killed_run_goes_on_from_its_last_checkpoint(make_config: MakeConfig, tm
     whole = train(config, tmp_path / "whole", quiet=True)
     original = TrainStep.__call__
 
-    def die_at_step_four(self: TrainStep, batches: Iterator[Any], stage_step: int) -> StepResult:
+    def die_at_step_four(self: TrainStep, batches: Iterator[Any], stage_step: int, *rest: int) -> StepResult:
         if stage_step == 3:
             raise KeyError("killed")
-        return original(self, batches, stage_step)
+        return original(self, batches, stage_step, *rest)
 
     with mock.patch.object(TrainStep, "__call__", die_at_step_four), pytest.raises(KeyError):
         train(config, tmp_path / "run", quiet=True)
@@ -126,10 +126,10 @@ def test_run_without_checkpoint_starts_again(make_config: MakeConfig, tmp_path: 
     config = make_config("steps=3", "logging.every_steps=1")
     original = TrainStep.__call__
 
-    def die(self: TrainStep, batches: Iterator[Any], stage_step: int) -> StepResult:
+    def die(self: TrainStep, batches: Iterator[Any], stage_step: int, *rest: int) -> StepResult:
         if stage_step == 2:
             raise KeyError("killed")
-        return original(self, batches, stage_step)
+        return original(self, batches, stage_step, *rest)
 
     with mock.patch.object(TrainStep, "__call__", die), pytest.raises(KeyError):
         train(config, tmp_path / "run", quiet=True)
@@ -160,11 +160,11 @@ def test_interruption_at_the_last_step_leaves_the_export_for_later(
 def test_second_signal_ends_at_once(make_config: MakeConfig, tmp_path: Path) -> None:
     original = TrainStep.__call__
 
-    def step(self: TrainStep, batches: Iterator[Any], stage_step: int) -> StepResult:
+    def step(self: TrainStep, batches: Iterator[Any], stage_step: int, *rest: int) -> StepResult:
         if stage_step == 1:
             signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGINT)
-        return original(self, batches, stage_step)
+        return original(self, batches, stage_step, *rest)
 
     with mock.patch.object(TrainStep, "__call__", step), pytest.raises(KeyboardInterrupt) as caught:
         train(make_config(), tmp_path / "run", quiet=True)
