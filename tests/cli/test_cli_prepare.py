@@ -14,6 +14,7 @@ import zstandard
 from datasets import Dataset
 
 from tokenformer.language.data_directory import DataDirectory
+from tokenformer.language.presets import PRESETS
 from tokenformer.models.directory import save_model
 
 RunCommand = Callable[..., tuple[int, str, str]]
@@ -188,3 +189,10 @@ def test_a_test_split_is_made_inspected_and_evaluated(
         "evaluate", tmp_path / "model", "--data", tmp_path / "data", "--split", "test"
     )
     assert code == 0, errors
+
+
+def test_presets_are_listed(run_command: RunCommand) -> None:
+    code, printed, errors = run_command("prepare", "--list-presets")
+    assert code == 0, errors
+    for name in PRESETS:
+        assert any(line.startswith(f"{name} ") for line in printed.splitlines())

@@ -349,7 +349,7 @@ class TestHub:
         ],
     )
     def test_the_parts_of_a_name(self, source: str, expected: tuple[str, str, str]) -> None:
-        assert HubSource.parse(source) == expected
+        assert HubSource.parse(source) == HubSource(*expected)
 
     @pytest.mark.parametrize("source", ["hf:", "hf::x", "hf:a:b:c:d"])
     def test_other_forms_are_refused_before_reading(self, source: str) -> None:

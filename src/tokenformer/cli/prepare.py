@@ -23,8 +23,24 @@ _EXAMPLES = """
 
 `tokenformer prepare 'corpus/*.jsonl.zst' table.parquet --out data/mine --deduplicate --min-length 100 --on-error skip`
 
+`tokenformer prepare preset:wikitext-2=downloads/wikitext-2 --out data/wikitext-2 --tokenizer bpe:8192`
+
 `tokenformer prepare hf:roneneldan/TinyStories --validation hf:roneneldan/TinyStories::validation --out data/stories`
 """
+
+
+def _list_presets(wanted: bool) -> None:
+    if not wanted:
+        return
+    from tokenformer.language.presets import PRESETS
+    from tokenformer.report.tables import Table, print_tables
+
+    rows = []
+    for preset in PRESETS.values():
+        hub = next(iter(preset.hub.values()))
+        rows.append((preset.name, ", ".join(preset.hub), " ".join((hub.name, hub.config)), preset.summary))
+    print_tables([Table("presets", ("name", "splits", "on the hub", "what"), rows)])
+    raise typer.Exit
 
 
 def prepare(
@@ -35,8 +51,10 @@ def prepare(
             help="Text files, .jsonl, .json and .tfrecord (each also as .gz, .xz, .bz2, .zst, .zip), .parquet, "
             ".arrow, .array_record, datasets written by save_to_disk, folders of these (read recursively), quoted "
             "globs; `hf:NAME[:config][:split]`, streamed from the Hugging Face hub at each of two or three passes "
-            "(split `train` unless given); or `default`: the Python source files of this interpreter's standard "
-            "library. .zst, .parquet, .arrow, .tfrecord and hf: need `pip install 'tokenformer[data]'`.",
+            "(split `train` unless given); `preset:NAME[=PATH]`, a well-known corpus with its published splits, from "
+            "the hub or from a local copy (`--list-presets`); or `default`: the Python source files of this "
+            "interpreter's standard library. .zst, .parquet, .arrow, .tfrecord and the hub need "
+            "`pip install 'tokenformer[data]'`.",
             show_default=False,
         ),
     ],
@@ -134,6 +152,10 @@ def prepare(
             show_default=False,
         ),
     ] = None,
+    _list: Annotated[
+        bool,
+        typer.Option("--list-presets", callback=_list_presets, is_eager=True, help="Show the presets."),
+    ] = False,
 ) -> None:
     """Turn documents into a data directory: token stores, tokenizer.json and dataset.json."""
     from tokenformer.language.prepare import prepare as prepare_data

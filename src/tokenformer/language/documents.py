@@ -6,10 +6,12 @@ import glob
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 from tokenformer.errors import TokenFormerError
+from tokenformer.language.presets import PRESET_PREFIX, PresetSource
 from tokenformer.language.sources.arrow_files import (
     is_saved_dataset,
     read_arrow,
@@ -17,10 +19,11 @@ from tokenformer.language.sources.arrow_files import (
     read_saved_dataset,
 )
 from tokenformer.language.sources.compression import explain_damage, plain_name
-from tokenformer.language.sources.hub import HUB_PREFIX, check_hub_source, read_hub
+from tokenformer.language.sources.hub import HUB_PREFIX, check_hub_source, read_dataset, read_hub
 from tokenformer.language.sources.json_files import read_json_file, read_json_lines
+from tokenformer.language.sources.published_texts import articles, cut_texts, read_lines, read_range
 from tokenformer.language.sources.record_files import read_array_record, read_tfrecord, without_shard
-from tokenformer.language.sources.records import Document, Faults, OnError
+from tokenformer.language.sources.records import Document, Faults, OnError, import_extra
 from tokenformer.language.sources.text_files import decode, is_binary, read_text_file
 from tokenformer.language.standard_library import standard_library_files
 
@@ -45,16 +48,19 @@ def check_sources(sources: Sequence[str | Path]) -> None:
     """Refuse sources that cannot be read, before any reading starts.
 
     Raises:
-        TokenFormerError: no source at all; one that is no file, folder, glob with a match, dataset of the hub
-            or ``default``; or an ``hf:`` source without the library for it.
+        TokenFormerError: no source at all; one that is no file, folder, glob with a match, dataset of the hub,
+            preset or ``default``; or one of the hub without the library for it.
     """
     if not sources:
         raise TokenFormerError(
-            "sources: none given; expected files, folders, globs, hf:NAME or 'default'; see prepare --help"
+            "sources: none given; expected files, folders, globs, hf:NAME, preset:NAME or 'default'; see prepare --help"
         )
     for source in map(str, sources):
         if source.startswith(HUB_PREFIX):
             check_hub_source(source)
+        elif source.startswith(PRESET_PREFIX):
+            if not list_units(source)[0].files():
+                import_extra("datasets", source)
         elif source != DEFAULT_CORPUS:
             expand(source)
 
@@ -73,8 +79,7 @@ def expand(source: str | Path) -> list[Path]:
         raise TokenFormerError(
             f"{source}: no such file or folder; expected a text file, .jsonl, .json, .parquet, .arrow, "
             ".tfrecord or .array_record (text, JSON and TFRecord also as .gz, .xz, .bz2, .zst or .zip), a folder, "
-            "a saved dataset, a glob, hf:NAME or "
-            f"'{DEFAULT_CORPUS}'"
+            f"a saved dataset, a glob, hf:NAME, preset:NAME or '{DEFAULT_CORPUS}'"
         )
     found = {Path(name) for name in glob.glob(str(source), recursive=True)}  # noqa: PTH207 (may be absolute)
     if not found:
@@ -96,7 +101,8 @@ def read_documents(
     ``.array_record`` in each record. Text, JSON and TFRecord are unpacked by the suffix (``.gz``, ``.xz``,
     ``.bz2``, ``.zst``, ``.zip`` of one file). A folder is read recursively in sorted
     order, without hidden files; a glob as the sorted files and folders it matches; ``hf:NAME[:config][:split]``
-    streams a dataset of the Hugging Face hub.
+    streams a dataset of the Hugging Face hub; ``preset:NAME[:SPLIT][=PATH]`` one of
+    :data:`~tokenformer.language.presets.PRESETS`, its training documents unless a split is named.
 
     With ``on_error="skip"`` broken documents are left out: text that is not UTF-8, JSON that is invalid or has no
     string in ``text_field``. ``skipped`` counts them by reason, and what is always left out: ``binary`` files of a
@@ -113,14 +119,17 @@ def read_documents(
 
 class Unit(NamedTuple):
     """What of a source is read by itself: the path of a file or saved dataset; or the name of a dataset of the hub
-    or of the default corpus."""
+    or of the default corpus. ``preset`` names the split of a preset that it belongs to, ``NAME:SPLIT``."""
 
     place: Path | str
     in_folder: bool = False  # found by going through a folder, where binary files are passed over
+    preset: str = ""
 
     def files(self) -> list[Path]:
         """The files that it is read from, sorted; none of a dataset of the hub."""
         if isinstance(self.place, str):
+            if self.preset:
+                return PresetSource.parse(self.place).local_files()
             return [path for path, _ in standard_library_files()] if self.place == DEFAULT_CORPUS else []
         path = self.place
         return sorted(inner for inner in path.rglob("*") if inner.is_file()) if path.is_dir() else [path]
@@ -134,6 +143,8 @@ def list_units(source: str | Path) -> list[Unit]:
     """
     if str(source) == DEFAULT_CORPUS or str(source).startswith(HUB_PREFIX):
         return [Unit(str(source))]
+    if str(source).startswith(PRESET_PREFIX):
+        return _preset_units(PresetSource.parse(str(source)))
     found = []
     for path in expand(source):
         if path.is_dir() and not is_saved_dataset(path):
@@ -146,7 +157,9 @@ def list_units(source: str | Path) -> list[Unit]:
 def read_unit(unit: Unit, text_field: str, faults: Faults) -> Iterator[Document]:
     """Stream the documents of one part of a source, in a fixed order; errors as in :func:`read_documents`."""
     place = unit.place
-    if place == DEFAULT_CORPUS:
+    if unit.preset:
+        yield from _read_preset(unit, faults)
+    elif place == DEFAULT_CORPUS:
         yield from _read_standard_library(Faults("skip", faults.skipped))
     elif isinstance(place, str):
         yield from read_hub(place, text_field, faults)
@@ -154,6 +167,38 @@ def read_unit(unit: Unit, text_field: str, faults: Faults) -> Iterator[Document]
         faults.skipped["binary"] += 1
     else:
         yield from _read_path(place, text_field, faults)
+
+
+def _preset_units(wanted: PresetSource) -> list[Unit]:
+    wanted = wanted.with_split("train")
+    name = f"{wanted.preset.name}:{wanted.split}"
+    files = wanted.local_files()
+    if not files or wanted.preset.documents == "articles":  # which may run on from one file to the next
+        return [Unit(str(wanted), preset=name)]
+    return [Unit(path, preset=name) for path in files]
+
+
+def _read_preset(unit: Unit, faults: Faults) -> Iterator[Document]:
+    preset, split, _ = PresetSource.parse(f"{PRESET_PREFIX}{unit.preset}")
+    field, files = preset.text_field, unit.files()
+    if not files:
+        records = read_dataset(preset.hub[split], str(unit.place), field, faults)
+    elif preset.documents == "ranges":
+        yield from read_range(files[0], *preset.ranges[split], preset.size, faults)
+        return
+    elif preset.documents == "articles":
+        records = chain.from_iterable(
+            _read_path(path, field, faults) if _kind(path) in _RECORD_READERS else read_lines(path, faults)
+            for path in files
+        )
+    else:
+        records = chain.from_iterable(_read_path(path, field, faults) for path in files)
+    if preset.documents == "articles":
+        yield from articles(records)
+    elif preset.whole_on_hub:
+        yield from cut_texts(records, *preset.ranges[split], preset.size, faults)
+    else:
+        yield from records
 
 
 def _read_standard_library(faults: Faults) -> Iterator[Document]:

@@ -19,6 +19,7 @@ from tokenformer.language.data_directory import (
     SplitInfo,
     SplitRule,
 )
+from tokenformer.language.presets import expand_presets
 from tokenformer.language.rules import DocumentRules
 from tokenformer.language.splits import Corpus, Part, choose_rule
 from tokenformer.language.store import TokenStoreWriter, token_dtype
@@ -63,6 +64,7 @@ def prepare(
             an ``out`` that already holds something. Nothing is left behind.
     """
     out = require_free(out)
+    sources, validation, test = expand_presets(sources, validation, test)
     fraction = _check_fraction(validation_fraction, bool(validation))
     bpe_size = _bpe_size(str(tokenizer))
     given = None if bpe_size else _given_tokenizer(tokenizer, eos_token)

@@ -13,11 +13,16 @@ _DEFAULT_SPLIT = "train"
 
 
 class HubSource(NamedTuple):
-    """``hf:NAME[:config][:split]``; an empty ``config`` is the dataset's default."""
+    """``hf:NAME[:config][:split]``; an empty ``config`` is the dataset's default.
+
+    ``revision`` is a branch other than the main one, ``data_files`` a glob that chooses among its files.
+    """
 
     name: str
     config: str
     split: str
+    revision: str = ""
+    data_files: str = ""
 
     @classmethod
     def parse(cls, source: str) -> HubSource:
@@ -49,7 +54,11 @@ def read_hub(source: str, text_field: str, faults: Faults) -> Iterator[Document]
         TokenFormerError: the dataset, configuration, split or column does not exist, or the hub cannot be
             reached.
     """
-    wanted = HubSource.parse(source)
+    yield from read_dataset(HubSource.parse(source), source, text_field, faults)
+
+
+def read_dataset(wanted: HubSource, source: str, text_field: str, faults: Faults) -> Iterator[Document]:
+    """As :func:`read_hub`; ``source`` names the dataset in errors and documents."""
     rows = _rows(_load(source, wanted, text_field), source, wanted)
     for number, record in enumerate(rows, start=1):
         place = f"{source}: row {number}"
@@ -60,7 +69,14 @@ def read_hub(source: str, text_field: str, faults: Faults) -> Iterator[Document]
 def _load(source: str, wanted: HubSource, text_field: str) -> Any:
     library = import_extra("datasets", source)
     try:
-        dataset = library.load_dataset(wanted.name, wanted.config or None, split=wanted.split, streaming=True)
+        dataset = library.load_dataset(
+            wanted.name,
+            wanted.config or None,
+            split=wanted.split,
+            revision=wanted.revision or None,
+            data_files=wanted.data_files or None,
+            streaming=True,
+        )
         columns = dataset.column_names
     except Exception as error:  # the library passes on whatever its readers and its client raise
         raise _unreadable(source, wanted, error) from error
