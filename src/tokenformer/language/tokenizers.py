@@ -42,14 +42,14 @@ class Tokenizer:
 
     ``vocab_size`` counts real ids; those from there to ``padded_vocab_size`` (a multiple of 128) are padding
     and never stand for text. Text is only ever encoded to ordinary ids, also where it spells a special token,
-    unless ``allow_special`` is asked for.
+    unless ``allow_special`` is asked for. ``definition`` is the content of its ``tokenizer.json``.
 
     Raises:
         TokenFormerError: ``definition`` is no tokenizer, or has no end-of-document token.
     """
 
     def __init__(self, definition: str, *, eos_token: str | None = None, source: str = "tokenizer") -> None:
-        self._definition = definition
+        self.definition = definition
         self._backend = _parse(definition, source)
         self._backend.encode_special_tokens = True
         self.eos_token = _find_end_token(self._backend, eos_token, source)
@@ -112,19 +112,19 @@ class Tokenizer:
     def save(self, directory: Path | str) -> None:
         """Write ``tokenizer.json``, as it was read; and, only where the end-of-document token is not the one
         that would be found, ``tokenizer_config.json`` with its name."""
-        write_text(Path(directory) / _FILE, self._definition)
+        write_text(Path(directory) / _FILE, self.definition)
         if self.eos_token != _find_end_token(self._backend, None, _FILE, required=False):
             write_json(Path(directory) / _CONFIG_FILE, {"eos_token": self.eos_token})
 
     def _pieces(self, texts: Sequence[str]) -> Iterator[tuple[int, str]]:
         for number, text in enumerate(texts):
-            if len(text) > LONG and self._works_in_pieces:
+            if len(text) > LONG and self.works_in_pieces:
                 yield from ((number, piece) for piece in pieces(text))
             else:
                 yield number, text
 
     @cached_property
-    def _works_in_pieces(self) -> bool:
+    def works_in_pieces(self) -> bool:
         """Byte-level, and nothing is put before a text, so that ids of pieces add up to those of the whole."""
         whole, first, second = self.encode_batch(["a\na", "a\n", "a"])
         return self._token_bytes is not None and whole.tolist() == [*first, *second]
@@ -142,7 +142,7 @@ class Tokenizer:
 
     @cached_property
     def _special_backend(self) -> Backend:
-        return _parse(self._definition, _FILE)
+        return _parse(self.definition, _FILE)
 
     @cached_property
     def _token_bytes(self) -> list[bytes] | None:
@@ -187,7 +187,16 @@ def load_tokenizer(path: Path | str, *, eos_token: str | None = None) -> Tokeniz
     file = path / _FILE if path.is_dir() else path
     definition = read_text(file, "a tokenizer (tokenizer.json)")
     named = eos_token or _named_end_token(file.parent / _CONFIG_FILE)
-    tokenizer = Tokenizer(definition, eos_token=named, source=str(file))
+    return make_tokenizer(definition, eos_token=named, source=str(file))
+
+
+def make_tokenizer(definition: str, *, eos_token: str | None = None, source: str = "tokenizer") -> Tokenizer:
+    """The tokenizer of the content of a ``tokenizer.json``, which errors call ``source``.
+
+    Raises:
+        TokenFormerError: an invalid definition, or no end-of-document token.
+    """
+    tokenizer = Tokenizer(definition, eos_token=eos_token, source=source)
     is_bytes = tokenizer.sha256 == _canonical_sha256(byte_tokenizer_definition())
     return ByteTokenizer() if is_bytes else tokenizer
 
