@@ -64,7 +64,7 @@ def new_directory(path: Path | str, *, replace: bool = False) -> Iterator[Path]:
     try:
         scratch.mkdir(parents=True)
         yield scratch
-        _put_in_place(scratch, path)
+        put_in_place(scratch, path)
     except TokenFormerError as error:
         if str(scratch) not in str(error):
             raise
@@ -75,10 +75,17 @@ def new_directory(path: Path | str, *, replace: bool = False) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _put_in_place(scratch: Path, path: Path) -> None:
+def put_in_place(scratch: Path, path: Path) -> None:
+    """Make the directory ``scratch`` become ``path``, beside it, once all of it is on the disk.
+
+    What ``path`` holds is exchanged; it stays whole until then.
+
+    Raises:
+        OSError: the disk refuses.
+    """
     for file in scratch.rglob("*"):
         if file.is_file():
-            _sync(file)
+            sync(file)
     if path.is_dir() and any(path.iterdir()):
         old = path.with_name(f".{path.name}.replaced-{os.getpid()}")
         path.rename(old)
@@ -92,10 +99,11 @@ def _put_in_place(scratch: Path, path: Path) -> None:
         if path.is_dir():
             path.rmdir()
         scratch.rename(path)
-    _sync(path.parent)
+    sync(path.parent)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Bring a file, or the names in a directory, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

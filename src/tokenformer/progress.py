@@ -37,6 +37,10 @@ class ProgressBar:
     def advance(self, amount: float = 1) -> None:
         self._progress.advance(self._task, amount)  # type: ignore[arg-type]
 
+    def expect(self, total: float | None) -> None:
+        """Correct the total; None where it is not known."""
+        self._progress.update(self._task, total=total)  # type: ignore[arg-type]
+
     def note(self, text: str) -> None:
         self._progress.update(self._task, note=text)  # type: ignore[arg-type]
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from tokenformer.errors import TokenFormerError
 from tokenformer.language.pipeline import IGNORED, TrainingWindows, ValidationWindows
-from tokenformer.language.store import TokenStoreWriter
+from tokenformer.language.store_writer import TokenStoreWriter
 from tokenformer.language.token_stream import TokenStream
 
 MakeStore = Callable[[int], TokenStream]

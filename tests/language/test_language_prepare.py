@@ -311,32 +311,39 @@ def test_an_output_with_content_is_refused_and_untouched(corpus: Path, tmp_path:
     assert files_of(tmp_path / "data") == {"mine.txt": b"mine"}
 
 
-def test_a_failure_while_writing_leaves_nothing_behind(
+def test_a_failure_while_writing_keeps_what_is_done(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(path: Path, value: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(prepare_module, "write_json", full)
-    with pytest.raises(TokenFormerError, match=r"data: could not be written \(No space left on device\)"):
-        prepare([corpus], tmp_path / "data")
-    assert [path.name for path in tmp_path.iterdir()] == ["corpus.jsonl"]
+    with monkeypatch.context() as patched:
+        patched.setattr(prepare_module, "write_json", full)
+        message = r"data: could not be written \(No space left on device\); 1 finished block kept in .*/\.data"
+        with pytest.raises(TokenFormerError, match=message):
+            prepare([corpus], tmp_path / "data")
+    assert not (tmp_path / "data").exists()
+    prepare([corpus], tmp_path / "data")
+    prepare([corpus], tmp_path / "other")
+    assert files_of(tmp_path / "data") == files_of(tmp_path / "other")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.jsonl", "data", "other"]
 
 
 def test_sources_that_change_while_they_are_read_are_noticed(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    choose = prepare_module.choose_rule
+    survey = prepare_module.survey
 
-    def grow_then_choose(*arguments):  # type: ignore[no-untyped-def]
+    def survey_then_grow(*arguments):  # type: ignore[no-untyped-def]
+        found = survey(*arguments)
         with corpus.open("a") as file:
             file.write('{"text": "late"}\n')
-        return choose(*arguments)
+        return found
 
-    monkeypatch.setattr(prepare_module, "choose_rule", grow_then_choose)
+    monkeypatch.setattr(prepare_module, "survey", survey_then_grow)
     with pytest.raises(TokenFormerError, match="sources: changed while they were read"):
         prepare([corpus], tmp_path / "data")
-    assert not (tmp_path / "data").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus.jsonl"]
 
 
 class TestOpening:

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tokenformer.errors import TokenFormerError
-from tokenformer.language.store import DTYPES, TokenStore, TokenStoreWriter, token_dtype
+from tokenformer.language.store import DTYPES, TokenStore, token_dtype
+from tokenformer.language.store_writer import TokenStoreWriter
 
 DOCUMENTS = [[5, 6, 256], [256], [1, 2, 3, 4, 256]]
 FORMATS = {1: "B", 2: "b", 3: "h", 4: "i", 5: "q", 8: "H"}

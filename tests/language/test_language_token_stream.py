@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from tokenformer.errors import TokenFormerError
 from tokenformer.language.data_directory import DATASET_FILE, DataDirectory
 from tokenformer.language.prepare import prepare
-from tokenformer.language.store import TokenStoreWriter, shard_prefixes
+from tokenformer.language.store import shard_prefixes
+from tokenformer.language.store_writer import TokenStoreWriter
 from tokenformer.language.token_stream import TokenStream
 
 Documents = list[list[int]]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from tokenformer.errors import TokenFormerError
 from tokenformer.language.sources.records import OnError
 
 if TYPE_CHECKING:
     from tokenformer.language.data_directory import DataDirectory
+    from tokenformer.language.preparation.engines import Engine
 
 _EXAMPLES = """
 **Examples**
@@ -24,6 +26,8 @@ _EXAMPLES = """
 `tokenformer prepare 'corpus/*.jsonl.zst' table.parquet --out data/mine --deduplicate --min-length 100 --on-error skip`
 
 `tokenformer prepare preset:wikitext-2=downloads/wikitext-2 --out data/wikitext-2 --tokenizer bpe:8192`
+
+`tokenformer prepare 'pile/*.jsonl.zst' --out data/pile --tokenizer tokenizer.json --engine ray --ray-address auto`
 
 `tokenformer prepare hf:roneneldan/TinyStories --validation hf:roneneldan/TinyStories::validation --out data/stories`
 """
@@ -50,7 +54,7 @@ def prepare(
             metavar="SOURCE",
             help="Text files, .jsonl, .json and .tfrecord (each also as .gz, .xz, .bz2, .zst, .zip), .parquet, "
             ".arrow, .array_record, datasets written by save_to_disk, folders of these (read recursively), quoted "
-            "globs; `hf:NAME[:config][:split]`, streamed from the Hugging Face hub at each of two or three passes "
+            "globs; `hf:NAME[:config][:split]`, streamed from the Hugging Face hub twice with bpe:N "
             "(split `train` unless given); `preset:NAME[=PATH]`, a well-known corpus with its published splits, from "
             "the hub or from a local copy (`--list-presets`); or `default`: the Python source files of this "
             "interpreter's standard library. .zst, .parquet, .arrow, .tfrecord and the hub need "
@@ -152,12 +156,50 @@ def prepare(
             show_default=False,
         ),
     ] = None,
+    shard_size: Annotated[
+        int | None,
+        typer.Option(
+            metavar="TOKENS",
+            min=1,
+            help="A split of more tokens is written as several stores of at most so many each. 4,294,967,296 unless "
+            "given.",
+            show_default=False,
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Processes that tokenize; 1: none beside this one. All cores unless given. The files are the same.",
+            show_default=False,
+        ),
+    ] = None,
+    engine: Annotated[
+        Literal["local", "ray"],
+        typer.Option(
+            help="Where to tokenize: on this machine, or as tasks of a Ray cluster, which needs "
+            "`pip install 'tokenformer[ray]'`. The files are the same."
+        ),
+    ] = "local",
+    ray_address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Of the Ray cluster: `auto`, HOST:PORT or ray://HOST:PORT. Without it $RAY_ADDRESS, else a cluster "
+            "on this machine.",
+            show_default=False,
+        ),
+    ] = None,
     _list: Annotated[
         bool,
         typer.Option("--list-presets", callback=_list_presets, is_eager=True, help="Show the presets."),
     ] = False,
 ) -> None:
-    """Turn documents into a data directory: token stores, tokenizer.json and dataset.json."""
+    """Turn documents into a data directory: token stores, tokenizer.json and dataset.json.
+
+    All cores are used. When it is interrupted, the same command goes on where it stopped.
+    """
     from tokenformer.language.prepare import prepare as prepare_data
     from tokenformer.language.rules import DocumentRules
     from tokenformer.validation import validate
@@ -184,8 +226,28 @@ def prepare(
         text_field=text_field,
         rules=validate(DocumentRules, rules, source="prepare"),
         eos_token=eos_token,
+        shard_tokens=shard_size,
+        engine=_engine(engine, workers, ray_address),
+        say=lambda message: typer.echo(message, err=True),
     )
     _print_summary(data)
+
+
+def _engine(kind: str, workers: int | None, ray_address: str | None) -> Engine | None:
+    """What the options ask for; None is the default."""
+    from tokenformer.language.preparation.engines import LocalEngine
+
+    if kind == "ray":
+        from tokenformer.language.preparation.ray_engine import RayEngine
+
+        if workers is not None:
+            raise TokenFormerError(
+                "--workers: has no meaning with --engine ray, which uses its whole cluster"
+            )
+        return RayEngine(ray_address)
+    if ray_address is not None:
+        raise TokenFormerError("--ray-address: needs --engine ray")
+    return None if workers is None else LocalEngine(workers)
 
 
 def _print_summary(data: DataDirectory) -> None:

@@ -1,28 +1,39 @@
-"""Documents to a data directory."""
+"""Documents to a data directory: in parallel, and going on where an interrupted run stopped."""
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-
-import numpy as np
+from typing import Any
 
 from tokenformer.errors import TokenFormerError
-from tokenformer.files import new_directory, require_free, write_json
+from tokenformer.files import put_in_place, require_free, write_json
 from tokenformer.language.data_directory import (
     DATASET_FILE,
     SPLIT_NAMES,
     DataDirectory,
     DatasetInfo,
     SplitInfo,
-    SplitRule,
+)
+from tokenformer.language.preparation.corpus import Corpus, Group, Position, Reading
+from tokenformer.language.preparation.engines import Engine, LocalEngine
+from tokenformer.language.preparation.estimate import SizeEstimate
+from tokenformer.language.preparation.sharding import name_shards
+from tokenformer.language.preparation.splits import divide, survey
+from tokenformer.language.preparation.tokenizing import Tokenizing
+from tokenformer.language.preparation.work import (
+    Plan,
+    Progress,
+    WorkDirectory,
+    describe_files,
+    work_directory,
+    work_path,
 )
 from tokenformer.language.presets import expand_presets
 from tokenformer.language.rules import DocumentRules
-from tokenformer.language.splits import Corpus, Part, choose_rule
-from tokenformer.language.store import TokenStoreWriter, token_dtype
+from tokenformer.language.sources.records import BrokenDocument
+from tokenformer.language.store import token_dtype
 from tokenformer.language.tokenizers import (
     SMALLEST_BPE,
     ByteTokenizer,
@@ -30,11 +41,12 @@ from tokenformer.language.tokenizers import (
     load_tokenizer,
     train_bpe,
 )
-from tokenformer.progress import progress_bar
+from tokenformer.progress import ProgressBar, progress_bar
 
 DEFAULT_VALIDATION_FRACTION = 0.05
+DEFAULT_SHARD_TOKENS = 2**32
 
-_BATCH_CHARACTERS = 4_000_000
+Say = Callable[[str], None]
 
 
 def prepare(
@@ -48,8 +60,11 @@ def prepare(
     text_field: str = "text",
     rules: DocumentRules | None = None,
     eos_token: str | None = None,
+    shard_tokens: int | None = None,
+    engine: Engine | None = None,
+    say: Say = lambda message: None,
 ) -> DataDirectory:
-    """Write the data directory ``out``; the same input gives the same bytes.
+    """Write the data directory ``out``; the same input gives the same bytes, whatever the ``engine``.
 
     ``sources``, ``validation`` and ``test`` are what :func:`~tokenformer.language.documents.read_documents` takes.
     Without ``validation``, ``validation_fraction`` (0.05) of the documents is held out by a hash of their
@@ -57,48 +72,206 @@ def prepare(
     own. ``tokenizer`` is ``byte``, ``bpe:N``
     (trained on the training documents, N ids in all) or a file or directory with a ``tokenizer.json``;
     ``eos_token`` names the end-of-document token of such a file. Without ``rules`` every document that is not
-    empty is taken.
+    empty is taken. A split is one store, or shards of at most ``shard_tokens`` (2^32) tokens; a longer document has one
+    to itself.
+
+    Without ``engine`` all cores are used, in spawned processes: a script then needs the usual
+    ``if __name__ == "__main__":``. (Bytes, and a few megabytes, are done in this process.) Work that is interrupted
+    lies beside ``out``, in ``.NAME.preparing``; the same call goes on from there. ``say`` hears of that.
 
     Raises:
-        TokenFormerError: wrong options, unreadable sources, an empty corpus, one too small to be divided, or
-            an ``out`` that already holds something. Nothing is left behind.
+        TokenFormerError: wrong options, unreadable sources, an empty corpus, one too small to be divided,
+            an ``out`` that already holds something or that another process is preparing.
     """
-    out = require_free(out)
+    out = Path(out)
     sources, validation, test = expand_presets(sources, validation, test)
     fraction = _check_fraction(validation_fraction, bool(validation))
+    shard_tokens = DEFAULT_SHARD_TOKENS if shard_tokens is None else shard_tokens
+    if shard_tokens < 1:
+        raise TokenFormerError(f"shard_tokens: found {shard_tokens}, expected at least 1")
     bpe_size = _bpe_size(str(tokenizer))
     given = None if bpe_size else _given_tokenizer(tokenizer, eos_token)
     rules = rules or DocumentRules()
     separate = {"validation": validation, "test": test}
-    corpus = Corpus(sources, separate, text_field, rules)
-    names = SPLIT_NAMES + (("test",) if test else ())
-
-    with progress_bar("reading", None, "MB") as bar:
-        survey = corpus.survey(fraction, lambda text: bar.advance(len(text) / 1e6))
-    rule = SplitRule(method="separate") if validation else choose_rule(survey, fraction)
-    made = given or train_bpe((part.text for part in corpus.parts(rule) if part.split == "train"), bpe_size)
-
-    with new_directory(out) as scratch:
-        splits = _write_splits(corpus.parts(rule), names, made, scratch, survey.utf8_bytes)
-        made.save(scratch)
-        info = DatasetInfo(
-            sources=[str(source) for source in sources],
-            validation_sources=[str(source) for source in validation],
-            test_sources=[str(source) for source in test],
-            text_field=text_field,
-            rules=rules,
-            split_rule=rule,
-            splits=splits,
-            skipped=dict(sorted(corpus.skipped.items())),
-            corpus_sha256=survey.sha256,
-            tokenizer=str(tokenizer),
-            tokenizer_sha256=made.sha256,
-            vocab_size=made.vocab_size,
-            padded_vocab_size=made.padded_vocab_size,
-            dtype=str(token_dtype(made.padded_vocab_size)),
-        )
-        write_json(scratch / DATASET_FILE, info.model_dump(mode="json"))
+    groups = [Group(None, sources), *(Group(split, apart) for split, apart in separate.items() if apart)]
+    corpus = Corpus(groups, text_field, rules)
+    info: dict[str, Any] = {
+        "sources": [str(source) for source in sources],
+        "validation_sources": [str(source) for source in validation],
+        "test_sources": [str(source) for source in test],
+        "text_field": text_field,
+        "rules": rules.model_dump(mode="json"),
+        "tokenizer": str(tokenizer),
+    }
+    options = {
+        **info,
+        "tokenizer_sha256": given and given.sha256,
+        "eos_token": given and given.eos_token,
+        "validation_fraction": fraction,
+        "shard_tokens": shard_tokens,
+    }
+    plan = Plan(options=options, files=describe_files(corpus.files()))
+    if not _was_finished(out, plan):
+        require_free(out)
+        with work_directory(out) as work, _explained(out, work, say):
+            progress = work.resume(plan, say) or _begin(corpus, work, plan, fraction)
+            made = given or _trained(corpus, work, progress, bpe_size)
+            tokenizing = Tokenizing(corpus, work, progress, made, _split_names(test), shard_tokens)
+            if not progress.sealed:
+                where = engine or LocalEngine(1 if isinstance(made, ByteTokenizer) else None)
+                with _tokenizing_bar(corpus, plan, progress) as on_progress:
+                    progress = tokenizing.run(where, on_progress)
+            _check_result(corpus, work, plan, progress)
+            _write_description(work, info, progress, made, tokenizing.corpus_sha256())
+            put_in_place(work.data, out)
+            work.remove()
     return DataDirectory.open(out)
+
+
+def _split_names(test: Sequence[str | Path]) -> tuple[str, ...]:
+    return (*SPLIT_NAMES, "test") if test else SPLIT_NAMES
+
+
+def _was_finished(out: Path, plan: Plan) -> bool:
+    """Whether ``out`` is complete, and an earlier run was killed before it had tidied up, which is done here."""
+    if not (out / DATASET_FILE).is_file() or not work_path(out).is_dir():
+        return False
+    with work_directory(out) as work:
+        before, progress = work.plan(), work.progress()
+        complete = progress is not None and progress.sealed and not work.data.exists()
+        finished = complete and before is not None and before.difference(plan) is None
+        if finished:
+            work.remove()
+    return finished
+
+
+def _begin(corpus: Corpus, work: WorkDirectory, plan: Plan, fraction: float) -> Progress:
+    work.begin(plan)
+    with progress_bar("reading", None, "MB") as bar:
+        found = survey(corpus, fraction, lambda size: bar.advance(size / 1e6))
+    progress = Progress(rule=found.rule, surveyed_bytes=found.utf8_bytes)
+    work.record(progress)
+    return progress
+
+
+def _trained(corpus: Corpus, work: WorkDirectory, progress: Progress, size: int) -> Tokenizer:
+    """The BPE that this work trained before, or trains here."""
+    if not work.tokenizer.is_dir():
+        with progress_bar("reading", None, "MB") as bar:
+            made = train_bpe(_training_texts(corpus, progress, bar), size)
+        scratch = work.tokenizer.with_suffix(".incomplete")
+        scratch.mkdir(exist_ok=True)
+        made.save(scratch)
+        put_in_place(scratch, work.tokenizer)
+    return load_tokenizer(work.tokenizer)
+
+
+def _training_texts(corpus: Corpus, progress: Progress, bar: ProgressBar) -> Iterator[str]:
+    start = 0
+    for content in Reading(corpus):
+        for part in divide(content, start, progress.rule):
+            if part.split == "train":
+                yield part.text
+        start += content.utf8_bytes
+        bar.advance(content.utf8_bytes / 1e6)
+
+
+@contextmanager
+def _tokenizing_bar(corpus: Corpus, plan: Plan, begun: Progress) -> Iterator[Callable[[Progress], None]]:
+    estimate = SizeEstimate(corpus, plan.files)
+    done = sum(begun.utf8_bytes.values())
+    with progress_bar("tokenizing", None, "MB", done=done / 1e6) as bar:
+
+        def show(progress: Progress) -> None:
+            nonlocal done
+            size = sum(progress.utf8_bytes.values())
+            total = begun.surveyed_bytes or estimate.total(Position(*progress.position), size)
+            bar.expect(None if total is None else total / 1e6)
+            bar.advance((size - done) / 1e6)
+            bar.note(f"{progress.documents:,} documents")
+            done = size
+
+        show(begun)
+        yield show
+
+
+def _check_result(corpus: Corpus, work: WorkDirectory, plan: Plan, progress: Progress) -> None:
+    """Refuse what cannot be right; nothing of it is worth keeping."""
+    found = sum(progress.utf8_bytes.values())
+    empty = [split for split, written in progress.splits.items() if not written.documents]
+    message = None
+    if describe_files(corpus.files()) != plan.files:
+        message = "sources: changed while they were read; run the same command again"
+    elif progress.surveyed_bytes not in (None, found) and len(corpus.groups) == 1:
+        message = f"sources: changed while they were read: found {progress.surveyed_bytes} bytes of text, then {found}"
+    elif empty:
+        message = (
+            f"sources: {found} bytes of text are too few to divide: nothing is left for "
+            f"{' and '.join(empty)}; give more text or separate validation documents"
+        )
+    if message is not None:
+        work.remove()
+        raise TokenFormerError(message)
+
+
+def _write_description(
+    work: WorkDirectory, info: dict[str, Any], progress: Progress, tokenizer: Tokenizer, sha256: str
+) -> None:
+    splits = {}
+    for split, written in progress.splits.items():
+        shards = len(written.shard_documents)
+        name_shards(work.data, split, shards)
+        splits[split] = SplitInfo(
+            documents=written.documents,
+            tokens=written.tokens,
+            utf8_bytes=progress.utf8_bytes.get(split, 0),
+            shards=shards,
+        )
+    tokenizer.save(work.data)
+    description = DatasetInfo(
+        **info,
+        split_rule=progress.rule,
+        splits=splits,
+        skipped=dict(sorted(progress.skipped.items())),
+        corpus_sha256=sha256,
+        tokenizer_sha256=tokenizer.sha256,
+        vocab_size=tokenizer.vocab_size,
+        padded_vocab_size=tokenizer.padded_vocab_size,
+        dtype=str(token_dtype(tokenizer.padded_vocab_size)),
+    )
+    write_json(work.data / DATASET_FILE, description.model_dump(mode="json"))
+
+
+@contextmanager
+def _explained(out: Path, work: WorkDirectory, say: Say) -> Iterator[None]:
+    """Keep what is done when the block fails, and say so; remove it where it is of no use."""
+    try:
+        yield
+    except BrokenDocument:
+        work.remove()
+        raise
+    except KeyboardInterrupt:
+        say(f"interrupted{_kept(work)}")
+        raise
+    except TokenFormerError as error:
+        raise TokenFormerError(f"{error}{_kept(work)}") from error
+    except OSError as error:
+        reason = f"{out}: could not be written ({error.strerror or error})"
+        raise TokenFormerError(f"{reason}{_kept(work)}") from error
+    except Exception:
+        _kept(work)
+        raise
+
+
+def _kept(work: WorkDirectory) -> str:
+    """What is left of the work, for the end of a message; what is not worth keeping is removed."""
+    progress = work.progress()
+    blocks = progress.blocks if progress else 0
+    if not blocks and not work.tokenizer.is_dir():
+        work.remove()
+        return ""
+    what = f"{blocks} finished block{'s' * (blocks != 1)}" if blocks else "the trained tokenizer"
+    return f"; {what} kept in {work.path}: the same command goes on from there"
 
 
 def _check_fraction(fraction: float | None, separate: bool) -> float:
@@ -131,54 +304,3 @@ def _given_tokenizer(tokenizer: str | Path, eos_token: str | None) -> Tokenizer:
             f"tokenizer: found '{tokenizer}', expected byte, bpe:N or the path of a tokenizer.json"
         )
     return load_tokenizer(tokenizer, eos_token=eos_token)
-
-
-def _write_splits(
-    parts: Iterable[Part], names: Sequence[str], tokenizer: Tokenizer, directory: Path, utf8_bytes: int
-) -> dict[str, SplitInfo]:
-    dtype = token_dtype(tokenizer.padded_vocab_size)
-    end = np.array([tokenizer.eos_token_id], dtype=dtype)
-    written: Counter[str] = Counter()
-    with ExitStack() as stack:
-        writers = {split: stack.enter_context(TokenStoreWriter(directory / split, dtype)) for split in names}
-        bar = stack.enter_context(progress_bar("tokenizing", utf8_bytes / 1e6, "MB"))
-        for split, texts in _batches(parts):
-            for ids in tokenizer.encode_batch(texts):
-                writers[split].add_document(np.concatenate((ids.astype(dtype), end)))
-            size = sum(len(text.encode("utf-8")) for text in texts)
-            written[split] += size
-            bar.advance(size / 1e6)
-            bar.note(f"{sum(writer.num_documents for writer in writers.values())} documents")
-    _check_written(written, names, utf8_bytes)
-    return {
-        split: SplitInfo(documents=writer.num_documents, tokens=writer.num_tokens, utf8_bytes=written[split])
-        for split, writer in writers.items()
-    }
-
-
-def _batches(parts: Iterable[Part]) -> Iterator[tuple[str, list[str]]]:
-    """Texts of one split at a time, a few megabytes together; each split keeps its order."""
-    waiting: defaultdict[str, list[str]] = defaultdict(list)
-    sizes: Counter[str] = Counter()
-    for split, text in parts:
-        waiting[split].append(text)
-        sizes[split] += len(text)
-        if sizes[split] >= _BATCH_CHARACTERS:
-            yield split, waiting[split]
-            waiting[split] = []
-            sizes[split] = 0
-    yield from ((split, texts) for split, texts in waiting.items() if texts)
-
-
-def _check_written(written: Counter[str], names: Sequence[str], utf8_bytes: int) -> None:
-    if sum(written.values()) != utf8_bytes:
-        raise TokenFormerError(
-            f"sources: changed while they were read: found {utf8_bytes} bytes of text, "
-            f"then {sum(written.values())}"
-        )
-    empty = [split for split in names if not written[split]]
-    if empty:
-        raise TokenFormerError(
-            f"sources: {utf8_bytes} bytes of text are too few to divide: nothing is left for "
-            f"{' and '.join(empty)}; give more text or separate validation documents"
-        )

@@ -10,9 +10,7 @@ Layout of ``.idx`` (little-endian), as Megatron-LM and GPT-NeoX read and write i
 from __future__ import annotations
 
 import struct
-from array import array
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 
@@ -21,9 +19,8 @@ from tokenformer.errors import TokenFormerError
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
-_FLOATS = {6: "float64", 7: "float64"}
-_HEADER = struct.Struct("<9sQBQQ")
-_LARGEST_SEQUENCE = np.iinfo(np.int32).max
+FLOATS = {6: "float64", 7: "float64"}
+HEADER = struct.Struct("<9sQBQQ")
 
 
 def token_dtype(padded_vocab_size: int) -> np.dtype:
@@ -48,64 +45,6 @@ def shard_prefixes(directory: Path, split: str, shards: int) -> list[Path]:
     return [directory / f"{split}-{shard:05d}-of-{shards:05d}" for shard in range(shards)]
 
 
-class TokenStoreWriter:
-    """Streams documents to ``<prefix>.bin``; the index is written when the ``with`` block ends well."""
-
-    def __init__(self, prefix: Path | str, dtype: np.dtype | type[np.integer]) -> None:
-        self._prefix = prefix
-        self._dtype = np.dtype(dtype).newbyteorder("<")
-        self._code = next(code for code, known in DTYPES.items() if np.dtype(known) == np.dtype(dtype))
-        self._sizes = array("i")
-        self._file = data_path(prefix).open("wb")
-        self.num_tokens = 0
-
-    @property
-    def num_documents(self) -> int:
-        """Documents written."""
-        return len(self._sizes)
-
-    def add_document(self, tokens: np.ndarray) -> None:
-        """Append one document, ids [t]; its end-of-document id is the caller's to include.
-
-        Raises:
-            TokenFormerError: an id that the dtype cannot hold, or a document of 2^31 tokens or more.
-        """
-        limits = np.iinfo(self._dtype)
-        if len(tokens) and not limits.min <= tokens.min() <= tokens.max() <= limits.max:
-            raise TokenFormerError(
-                f"{data_path(self._prefix)}: token ids from {tokens.min()} to {tokens.max()} "
-                f"do not fit {self._dtype}"
-            )
-        if len(tokens) > _LARGEST_SEQUENCE:
-            raise TokenFormerError(
-                f"{data_path(self._prefix)}: a document of {len(tokens)} tokens; "
-                f"the format holds at most {_LARGEST_SEQUENCE} in one"
-            )
-        self._file.write(np.ascontiguousarray(tokens, dtype=self._dtype).data)
-        self._sizes.append(len(tokens))
-        self.num_tokens += len(tokens)
-
-    def __enter__(self) -> TokenStoreWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._file.close()
-        if kind is None:
-            self._write_index()
-
-    def _write_index(self) -> None:
-        sizes = np.frombuffer(self._sizes, dtype=np.int32) if self._sizes else np.empty(0, np.int32)
-        ends = np.cumsum(sizes, dtype=np.int64) * self._dtype.itemsize
-        pointers = ends - sizes.astype(np.int64) * self._dtype.itemsize
-        with index_path(self._prefix).open("wb") as file:
-            file.write(_HEADER.pack(MAGIC, VERSION, self._code, len(sizes), len(sizes) + 1))
-            file.write(sizes.astype("<i4").tobytes())
-            file.write(pointers.astype("<i8").tobytes())
-            file.write(np.arange(len(sizes) + 1, dtype="<i8").tobytes())
-
-
 class TokenStore:
     """Memory-mapped reader of ``<prefix>.bin`` and ``<prefix>.idx``; tokens are never loaded whole.
 
@@ -118,9 +57,9 @@ class TokenStore:
         self.prefix = Path(prefix)
         index = _map(index_path(prefix), np.dtype(np.uint8))
         self.dtype, sequences, length = _read_header(index, index_path(prefix))
-        sizes_end = _HEADER.size + 4 * sequences
+        sizes_end = HEADER.size + 4 * sequences
         pointers_end = sizes_end + 8 * sequences
-        self._sizes = index[_HEADER.size : sizes_end].view("<i4")
+        self._sizes = index[HEADER.size : sizes_end].view("<i4")
         pointers = index[sizes_end:pointers_end].view("<i8")
         self._documents = index[pointers_end:].view("<i8")
         self._check_index(pointers, length)
@@ -184,20 +123,20 @@ class TokenStore:
 
 
 def _read_header(index: np.ndarray, path: Path) -> tuple[np.dtype, int, int]:
-    if len(index) < _HEADER.size:
+    if len(index) < HEADER.size:
         raise TokenFormerError(
-            f"{path}: truncated: found {len(index)} bytes, expected a header of {_HEADER.size}"
+            f"{path}: truncated: found {len(index)} bytes, expected a header of {HEADER.size}"
         )
-    magic, version, code, sequences, documents = _HEADER.unpack(index[: _HEADER.size].tobytes())
+    magic, version, code, sequences, documents = HEADER.unpack(index[: HEADER.size].tobytes())
     if magic != MAGIC:
         raise TokenFormerError(f"{path}: begins with {magic!r}, expected {MAGIC!r} (a Megatron index)")
     if version != VERSION:
         raise TokenFormerError(f"{path}: format version {version}, expected {VERSION}")
     if code not in DTYPES:
-        found = f"{code} ({_FLOATS[code]})" if code in _FLOATS else str(code)
+        found = f"{code} ({FLOATS[code]})" if code in FLOATS else str(code)
         known = ", ".join(f"{known} ({np.dtype(dtype)})" for known, dtype in DTYPES.items())
         raise TokenFormerError(f"{path}: dtype code {found}, expected an integer: {known}")
-    expected = _HEADER.size + 12 * sequences + 8 * documents
+    expected = HEADER.size + 12 * sequences + 8 * documents
     if len(index) != expected:
         state = "truncated or corrupt" if len(index) < expected else "too long"
         raise TokenFormerError(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from operator import itemgetter
 from typing import NamedTuple, TypeVar
 
 from tokenformer.language.data_directory import SplitRule
@@ -14,14 +16,6 @@ BLOCK_CHARACTERS = 2**20
 T = TypeVar("T")
 
 
-class Piece(NamedTuple):
-    """A text of a split, or a part of one; ``ends`` is true of its last part."""
-
-    split: str
-    text: str
-    ends: bool
-
-
 class State(NamedTuple):
     """Where a pass stood after a block: its position, what it had skipped and the UTF-8 bytes before it."""
 
@@ -31,16 +25,22 @@ class State(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Consecutive pieces, sorted by split (those of a split keep their order), and what they stand for.
+    """Consecutive texts, which are documents or pieces of them, sorted by split (those of a split keep their order).
 
-    ``digests`` are of the documents that begin here, ``split_bytes`` the UTF-8 bytes by split. ``state`` is None
-    where the block ends inside a document.
+    ``ends`` is true of each that ends its document. ``digests`` are of the documents that begin here,
+    ``split_bytes`` the UTF-8 bytes by split. ``state`` is None where the block ends inside a document.
     """
 
-    pieces: list[Piece]
+    texts: list[str]
+    ends: list[bool]
+    splits: list[str]
     digests: bytes
     split_bytes: dict[str, int]
     state: State | None
+
+    def without_texts(self) -> Block:
+        """All that is needed beside the tokens."""
+        return self._replace(texts=[])
 
 
 def make_blocks(
@@ -57,7 +57,7 @@ def make_blocks(
         utf8_bytes += content.utf8_bytes
         for part, is_last_part in _with_last(parts):
             for text, ends in _with_last(cut(part.text)):
-                block.add(Piece(part.split, text, ends))
+                block.add(text, ends, part.split)
                 if block.characters >= BLOCK_CHARACTERS:
                     complete = ends and is_last_part
                     yield block.close(_state(reading, utf8_bytes) if complete else None)
@@ -88,19 +88,19 @@ def _with_last(items: Iterable[T]) -> Iterator[tuple[T, bool]]:
 class _OpenBlock:
     def __init__(self) -> None:
         self.characters = 0
-        self._pieces: list[Piece] = []
+        self._pieces: list[tuple[str, bool, str]] = []
         self._digests: list[bytes] = []
-        self._split_bytes: dict[str, int] = {}
+        self._split_bytes: Counter[str] = Counter()
 
     def begin(self, content: Content) -> None:
         self._digests.append(content.digest)
 
-    def add(self, piece: Piece) -> None:
-        self._pieces.append(piece)
-        self.characters += len(piece.text)
-        size = len(piece.text.encode("utf-8"))
-        self._split_bytes[piece.split] = self._split_bytes.get(piece.split, 0) + size
+    def add(self, text: str, ends: bool, split: str) -> None:
+        self._pieces.append((text, ends, split))
+        self.characters += len(text)
+        self._split_bytes[split] += len(text.encode("utf-8"))
 
     def close(self, state: State | None) -> Block:
-        self._pieces.sort(key=lambda piece: piece.split)
-        return Block(self._pieces, b"".join(self._digests), self._split_bytes, state)
+        texts, ends, splits = zip(*sorted(self._pieces, key=itemgetter(2)), strict=True)
+        digests = b"".join(self._digests)
+        return Block(list(texts), list(ends), list(splits), digests, dict(self._split_bytes), state)

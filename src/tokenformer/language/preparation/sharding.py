@@ -6,8 +6,10 @@ import os
 from pathlib import Path
 
 import numpy as np
+from pydantic import Field
 
 from tokenformer.errors import TokenFormerError
+from tokenformer.files import sync
 from tokenformer.language.data_directory import Count
 from tokenformer.language.store import data_path, index_path, shard_prefixes
 from tokenformer.language.store_writer import TokenStoreWriter
@@ -19,7 +21,7 @@ class Written(StrictModel):
 
     documents: Count = 0
     tokens: Count = 0
-    shard_documents: list[Count] = [0]
+    shard_documents: list[Count] = Field(default_factory=lambda: [0])
 
 
 class ShardedWriter:
@@ -76,9 +78,7 @@ class ShardedWriter:
     def sync(self) -> Written:
         """Bring all documents to the disk, and say what there is; none may be incomplete."""
         assert not self._pending
-        self._writer.sync()
-        self._sizes.flush()
-        os.fsync(self._sizes.fileno())
+        self._sync_files()
         return self.written()
 
     def written(self) -> Written:
@@ -87,9 +87,11 @@ class ShardedWriter:
         return Written(documents=self._documents, tokens=self._tokens, shard_documents=shards)
 
     def close(self) -> None:
-        """Write the index of the last shard."""
+        """Write the index of the last shard; all is on the disk then."""
+        self._sync_files()
         self._writer.close()
         self._sizes.close()
+        sync(index_path(self._directory / self._name()))
 
     def abandon(self) -> None:
         """Close the files as they are."""
@@ -118,13 +120,11 @@ class ShardedWriter:
         self._tokens += len(tokens)
 
     def _next_shard(self) -> None:
-        self.sync_files()
-        self._shard_documents.append(self._writer.num_documents)
         self.close()
+        self._shard_documents.append(self._writer.num_documents)
         self._open_shard(None)
 
-    def sync_files(self) -> None:
-        """Bring to the disk what is in the files."""
+    def _sync_files(self) -> None:
         self._writer.sync()
         self._sizes.flush()
         os.fsync(self._sizes.fileno())

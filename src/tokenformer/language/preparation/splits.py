@@ -26,13 +26,13 @@ class Survey(NamedTuple):
 def survey(corpus: Corpus, fraction: float, on_text: Callable[[int], None]) -> Survey:
     """Choose how the texts of the first group are divided, reading no more than is needed for that.
 
-    By content hash where that leaves documents on both sides; else the end of the text is held out. A second
-    group is held out as a whole. ``on_text`` sees the UTF-8 bytes of each text read.
+    By content hash where that leaves documents on both sides; else the end of the text is held out. Nothing of
+    it is, where another group is the validation split. ``on_text`` sees the UTF-8 bytes of each text read.
 
     Raises:
         TokenFormerError: a group without text, or a source that cannot be read.
     """
-    apart = len(corpus.groups) > 1
+    apart = any(group.split == "validation" for group in corpus.groups)
     for number in range(1, len(corpus.groups)):
         _require_text(corpus, number)
     reading = Reading(corpus)

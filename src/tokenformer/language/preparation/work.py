@@ -5,10 +5,12 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
+
+from pydantic import Field
 
 from tokenformer.errors import TokenFormerError
 from tokenformer.files import read_json, write_json
@@ -41,7 +43,7 @@ class Plan(StrictModel):
 
 
 class Progress(StrictModel):
-    """How far the work is: everything up to the end of ``blocks`` is on the disk.
+    """How far the work is: the ``documents`` of the first ``blocks`` are on the disk.
 
     ``rule`` says how documents are divided, and ``surveyed_bytes`` how many UTF-8 bytes there are, where that had to
     be found out; ``position`` is the reader's; ``sealed`` means that all tokens are written.
@@ -51,27 +53,28 @@ class Progress(StrictModel):
     surveyed_bytes: Count | None
     blocks: Count = 0
     position: tuple[Count, Count, Count] = (0, 0, 0)
-    skipped: dict[str, Count] = {}
+    skipped: dict[str, Count] = Field(default_factory=dict)
     documents: Count = 0
-    utf8_bytes: dict[str, Count] = {}
-    splits: dict[str, Written] = {}
-    corpus_sha256: str = ""
+    utf8_bytes: dict[str, Count] = Field(default_factory=dict)
+    splits: dict[str, Written] = Field(default_factory=dict)
     sealed: bool = False
 
 
 class WorkDirectory:
     """The files of work that is under way."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, new_folders: Sequence[Path] = ()) -> None:
         self.path = path
+        self._new_folders = new_folders
         self.data = path / "data"
         self.notes = path / "notes"
         self.digests = path / "digests"
+        self.tokenizer = path / "tokenizer"
         self._plan, self._progress = path / "plan.json", path / "progress.json"
 
     def begin(self, plan: Plan) -> None:
         """Start from nothing."""
-        for inner in (self.data, self.notes):
+        for inner in (self.data, self.notes, self.tokenizer):
             shutil.rmtree(inner, ignore_errors=True)
         for file in (self._progress, self.digests):
             file.unlink(missing_ok=True)
@@ -89,11 +92,28 @@ class WorkDirectory:
 
     def record(self, progress: Progress) -> None:
         """Replace the record of progress; what it speaks of must be on the disk."""
-        write_json(self._progress, progress.model_dump(mode="json"), durable=True)
+        write_json(self._progress, progress.model_dump(mode="json"))
 
     def remove(self) -> None:
-        """Delete all of it."""
+        """Delete all of it, and the folders that were made for it."""
         shutil.rmtree(self.path, ignore_errors=True)
+        for folder in self._new_folders:
+            with suppress(OSError):  # something else is in it
+                folder.rmdir()
+
+    def resume(self, plan: Plan, say: Callable[[str], None]) -> Progress | None:
+        """What was done of ``plan``; None where there is nothing to go on from, and ``say`` hears why."""
+        before, progress = self.plan(), self.progress()
+        if before is None:
+            return None
+        difference = before.difference(plan)
+        if difference is None and progress is not None and self.data.is_dir():
+            if progress.blocks:
+                say(f"continues at block {progress.blocks + 1} ({progress.documents:,} documents are done)")
+            return progress
+        if progress is not None and progress.blocks:
+            say(f"{self.path}: {difference or 'its record is damaged'}: starts over")
+        return None
 
 
 def _read(model: type[Any], path: Path) -> Any:
@@ -116,9 +136,10 @@ def work_directory(out: Path) -> Iterator[WorkDirectory]:
         TokenFormerError: another process is at work on ``out``.
     """
     path = work_path(out)
+    new_folders = [folder for folder in path.parents if not folder.exists()]
     lock = _lock(path, out)
     try:
-        yield WorkDirectory(path)
+        yield WorkDirectory(path, new_folders)
     finally:
         lock.close()
 
