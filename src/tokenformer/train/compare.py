@@ -19,7 +19,15 @@ _DECISIVE = (
     "tokens",
     "seed",
 )
-_FREE_IN_STAGES = ("name", "precision", "stability", "checkpoint", "evaluation", "logging")
+_FREE_IN_STAGES = (
+    "name",
+    "precision",
+    "activation_checkpointing",
+    "stability",
+    "checkpoint",
+    "evaluation",
+    "logging",
+)
 
 
 def require_same_run(former: RunConfig, current: RunConfig, checkpoint: str) -> None:

@@ -15,6 +15,7 @@ from tokenformer.models.config import PositiveInt
 from tokenformer.models.registry import ModelConfig
 from tokenformer.train.ladder import model_configs
 from tokenformer.train.sections import (
+    ActivationCheckpointingConfig,
     CheckpointConfig,
     DataConfig,
     DataOverrides,
@@ -34,7 +35,16 @@ Section = TypeVar("Section", bound=StrictModel)
 CONFIG_FILE = "config.yaml"
 """The effective configuration in a run directory."""
 
-_STAGE_SECTIONS = ("optimizer", "schedule", "precision", "stability", "checkpoint", "evaluation", "logging")
+_STAGE_SECTIONS = (
+    "optimizer",
+    "schedule",
+    "precision",
+    "activation_checkpointing",
+    "stability",
+    "checkpoint",
+    "evaluation",
+    "logging",
+)
 
 
 class StageSpec(StrictModel):
@@ -51,6 +61,7 @@ class StageSpec(StrictModel):
     optimizer: OptimizerConfig | None = None
     schedule: ScheduleConfig | None = None
     precision: PrecisionConfig | None = None
+    activation_checkpointing: ActivationCheckpointingConfig | None = None
     stability: StabilityConfig | None = None
     checkpoint: CheckpointConfig | None = None
     evaluation: EvaluationConfig | None = None
@@ -72,6 +83,7 @@ class StageConfig(StrictModel):
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
     precision: PrecisionConfig
+    activation_checkpointing: ActivationCheckpointingConfig
     stability: StabilityConfig
     checkpoint: CheckpointConfig
     evaluation: EvaluationConfig
@@ -88,6 +100,7 @@ class RunConfig(StrictModel):
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     precision: PrecisionConfig = PrecisionConfig()
+    activation_checkpointing: ActivationCheckpointingConfig = ActivationCheckpointingConfig()
     stability: StabilityConfig = StabilityConfig()
     parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

@@ -18,6 +18,7 @@ from tokenformer.models.base import LanguageModel
 from tokenformer.models.card import model_card
 from tokenformer.models.directory import save_model
 from tokenformer.progress import progress_bar, short_number
+from tokenformer.train.activation_checkpointing import apply_activation_checkpointing
 from tokenformer.train.card import training_facts
 from tokenformer.train.checkpoint import (
     TrainingCheckpoint,
@@ -146,6 +147,7 @@ class _Run:
             metrics.write(state, {"parameters": rung.parameters, "logit_change": rung.logit_change})
             model, moments = rung.model, rung.moments
         model.train()
+        apply_activation_checkpointing(model, stage.activation_checkpointing)
         if wants_compile(stage.precision, device):
             torch.compiler.reset()  # each stage has its own shapes; old ones would use up the recompile limit
             for block in model.blocks:

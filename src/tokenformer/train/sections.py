@@ -168,6 +168,14 @@ class ParallelConfig(StrictModel):
         return device
 
 
+class ActivationCheckpointingConfig(StrictModel):
+    """Which blocks keep only their input for the backward and are computed again there: ``none``, ``selective``
+    (every ``every``-th), or ``full`` (all)."""
+
+    mode: Literal["none", "selective", "full"] = "none"
+    every: PositiveInt = 2
+
+
 class StabilityConfig(StrictModel):
     """What is done about sick training. ``max_nonfinite_steps``: updates left out in a row (loss or gradient not
     finite) that end the run."""

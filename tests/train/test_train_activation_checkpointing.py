@@ -1,0 +1,132 @@
+"""Blocks that are computed again: the same gradients, less kept; compiled, sharded, grown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from tokenformer.language.loss import Batch, loss_sum
+from tokenformer.models.base import LanguageModel
+from tokenformer.train.activation_checkpointing import apply_activation_checkpointing, recomputed_blocks
+from tokenformer.train.config import RunConfig
+from tokenformer.train.run import train
+from tokenformer.train.sections import ActivationCheckpointingConfig
+
+MakeConfig = Callable[..., RunConfig]
+MODES = ["none", "selective", "full"]
+
+
+def gradients(model: LanguageModel) -> tuple[dict[str, torch.Tensor], int]:
+    """By name, and the bytes that the blocks kept for the backward."""
+    tokens = torch.randint(40, (3, 24), generator=torch.Generator().manual_seed(0))
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = loss_sum(model, Batch(tokens, tokens.roll(-1, 1)))
+    size = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    loss.nats.backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert found.keys() == {name for name, _ in model.named_parameters()}
+    return found, size
+
+
+def configured(mode: str) -> ActivationCheckpointingConfig:
+    return ActivationCheckpointingConfig(mode=mode)  # type: ignore[arg-type]
+
+
+def test_which_blocks() -> None:
+    assert list(recomputed_blocks(configured("none"), 5)) == []
+    assert list(recomputed_blocks(configured("selective"), 5)) == [1, 3]
+    assert list(recomputed_blocks(ActivationCheckpointingConfig(mode="selective", every=3), 6)) == [2, 5]
+    assert list(recomputed_blocks(configured("full"), 3)) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("kind", ["gelu", "l2_norm_gelu", "gelu_l2_norm", "softmax", "transformer"])
+def test_gradients_are_the_same_bits_and_less_is_kept(
+    kind: str, make_tokenformer: Callable[..., Any], make_transformer: Callable[..., Any]
+) -> None:
+    def make() -> LanguageModel:
+        if kind == "transformer":
+            return make_transformer(num_hidden_layers=4)
+        return make_tokenformer(num_hidden_layers=4, norm_activation=kind)
+
+    expected, most = gradients(make())
+    kept = [most]
+    for mode in MODES[1:]:
+        model = make()
+        apply_activation_checkpointing(model, configured(mode))
+        found, size = gradients(model)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        kept.append(size)
+    assert kept[0] > 1.5 * kept[1] > 2 * kept[2]
+
+
+def test_choice_is_undone(make_tokenformer: Callable[..., Any]) -> None:
+    model = make_tokenformer()
+    before = gradients(model)[1]
+    apply_activation_checkpointing(model, configured("full"))
+    apply_activation_checkpointing(model, configured("none"))
+    assert gradients(model)[1] == before
+
+
+@pytest.mark.parametrize("mode", MODES[1:])
+def test_compiled_blocks(mode: str, make_tokenformer: Callable[..., Any]) -> None:
+    expected, _ = gradients(make_tokenformer())
+    torch.compiler.reset()
+    model = make_tokenformer()
+    apply_activation_checkpointing(model, configured(mode))
+    for block in model.blocks:
+        block.compile(dynamic=False, backend="aot_eager")
+    found, _ = gradients(model)
+    torch.compiler.reset()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_sharded_blocks(one_rank: None, make_tokenformer: Callable[..., Any]) -> None:
+    expected, _ = gradients(make_tokenformer())
+    model = make_tokenformer()
+    apply_activation_checkpointing(model, configured("full"))
+    mesh = init_device_mesh("cpu", (1,))
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    tokens = torch.randint(40, (3, 24), generator=torch.Generator().manual_seed(0))
+    torch.nn.functional.cross_entropy(
+        model(tokens).logits.flatten(0, 1), tokens.roll(-1, 1).flatten(), reduction="sum"
+    ).backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad.full_tensor(), expected[name], rtol=1e-4, atol=1e-5)
+
+
+def test_run_is_the_same_bits(make_config: MakeConfig, tmp_path: Path) -> None:
+    stages = [{"steps": 2}, {"steps": 2, "grow": {"factor": 2}}]
+    results = [
+        train(
+            make_config(f"activation_checkpointing.mode={mode}", stages=stages), tmp_path / mode, quiet=True
+        )
+        for mode in ("none", "full")
+    ]
+    one, other = ((result.model / "model.safetensors").read_bytes() for result in results)
+    assert one == other
