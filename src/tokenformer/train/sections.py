@@ -184,10 +184,18 @@ class StabilityConfig(StrictModel):
 
 
 class CheckpointConfig(StrictModel):
-    """A checkpoint every so many steps (null: at the end of each stage and on interruption only)."""
+    """A checkpoint every so many steps (null: at the end of each stage and on interruption only).
+
+    The newest ``keep_last`` are kept, and for good those of steps that ``keep_every_steps`` divides. ``asynchronous``:
+    write while the training goes on (``auto``: on CUDA). ``export``: make the model directory of each checkpoint, not
+    only of the last of a stage.
+    """
 
     every_steps: PositiveInt | None = 1000
     keep_last: PositiveInt = 2
+    keep_every_steps: PositiveInt | None = None
+    asynchronous: Literal["auto", True, False] = "auto"
+    export: bool = True
 
 
 class EvaluationConfig(StrictModel):
