@@ -319,7 +319,9 @@ def test_a_failure_while_writing_keeps_what_is_done(
 
     with monkeypatch.context() as patched:
         patched.setattr(prepare_module, "write_json", full)
-        message = r"data: could not be written \(No space left on device\); 1 finished block kept in .*/\.data"
+        message = (
+            r"data: could not be written \(No space left on device\); 1 finished block kept in .*/\.data"
+        )
         with pytest.raises(TokenFormerError, match=message):
             prepare([corpus], tmp_path / "data")
     assert not (tmp_path / "data").exists()

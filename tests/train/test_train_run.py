@@ -13,7 +13,8 @@ from tokenformer.errors import TokenFormerError
 from tokenformer.language.prepare import prepare
 from tokenformer.models.directory import load_model
 from tokenformer.models.registry import load_config
-from tokenformer.train.checkpoint import list_checkpoints, read_checkpoint
+from tokenformer.train.checkpoint.contents import read_checkpoint
+from tokenformer.train.checkpoint.folder import list_checkpoints
 from tokenformer.train.config import RunConfig, load_run_config
 from tokenformer.train.metrics import read_metrics
 from tokenformer.train.run import RunResult, train

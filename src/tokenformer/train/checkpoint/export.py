@@ -7,9 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from tokenformer.models.directory import save_model, saved_step
+from tokenformer.files import read_json, write_json
+from tokenformer.models.directory import save_model
+from tokenformer.models.paths import is_model_directory
 from tokenformer.train.checkpoint.contents import read_model
 from tokenformer.train.checkpoint.folder import checkpoint_step
+
+EXPORT_FILE = "export.json"
+"""In a run directory: the step of the model in ``model/``."""
 
 
 class Export(NamedTuple):
@@ -19,8 +24,8 @@ class Export(NamedTuple):
     card: str
 
 
-def export_model(export: Export, directory: Path) -> None:
-    """Write the model of a checkpoint, of however many ranks, to ``directory``; an existing one is exchanged.
+def export_model(export: Export, run: Path) -> None:
+    """Write the model of a checkpoint, of however many ranks, to the run's ``model/``, in place of what is there.
 
     Raises:
         TokenFormerError: the checkpoint is damaged, or the disk refuses.
@@ -28,28 +33,31 @@ def export_model(export: Export, directory: Path) -> None:
     tokenizer = export.checkpoint / "tokenizer.json"
     save_model(
         read_model(export.checkpoint),
-        directory,
+        run / "model",
         card=export.card,
         tokenizer=tokenizer if tokenizer.is_file() else None,
         replace=True,
-        step=checkpoint_step(export.checkpoint),
     )
+    write_json(run / EXPORT_FILE, {"step": checkpoint_step(export.checkpoint)})
 
 
-def is_exported(checkpoint: Path, directory: Path) -> bool:
-    """Whether ``directory`` holds the model of ``checkpoint``."""
-    return saved_step(directory) == checkpoint_step(checkpoint)
+def is_exported(checkpoint: Path, run: Path) -> bool:
+    """Whether the run's ``model/`` is that of ``checkpoint``."""
+    if not (is_model_directory(run / "model") and (run / EXPORT_FILE).is_file()):
+        return False
+    exported = read_json(run / EXPORT_FILE, "the step of the exported model")
+    return exported.get("step") == checkpoint_step(checkpoint)
 
 
 class Exporter:
-    """Makes ``directory`` the model of the newest checkpoint.
+    """Makes ``model/`` of ``run`` the model of its newest checkpoint.
 
     In the background a checkpoint that is overtaken before its turn is left out. An export that fails does not stop
     the training: it is told through ``say``, and raised by :meth:`finish` unless a later one succeeded.
     """
 
-    def __init__(self, directory: Path, *, background: bool, say: Callable[[str], None]) -> None:
-        self._directory = directory
+    def __init__(self, run: Path, *, background: bool, say: Callable[[str], None]) -> None:
+        self._run = run
         self._background = background
         self._say = say
         self._lock = threading.Condition()
@@ -90,7 +98,7 @@ class Exporter:
     def _work(self) -> None:
         while (export := self._take()) is not None:
             try:
-                export_model(export, self._directory)
+                export_model(export, self._run)
                 self._failure = None
             except Exception as error:  # in a thread of its own it would end unseen
                 self._failure = error

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 
 from tokenformer.errors import TokenFormerError
@@ -71,3 +72,23 @@ class Ranks:
             if message is not None:
                 raise TokenFormerError(f"rank {rank}: {message}")
         return [value for value, _ in outcomes]  # type: ignore[misc]
+
+
+def all_ranks() -> Ranks:
+    """All processes of the run, in a group of their own; this one alone without torch.distributed."""
+    return Ranks(dist.new_group(backend="gloo") if dist.is_initialized() else None)
+
+
+def greatest_of_all_ranks() -> Callable[[int], int] | None:
+    """A function that gives all ranks the greatest of their numbers, over a group of its own; None without
+    torch.distributed."""
+    if not dist.is_initialized():
+        return None
+    group = dist.new_group(backend="gloo")
+
+    def greatest(number: int) -> int:
+        value = torch.tensor(number)
+        dist.all_reduce(value, dist.ReduceOp.MAX, group=group)
+        return int(value)
+
+    return greatest

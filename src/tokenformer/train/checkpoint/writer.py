@@ -16,6 +16,9 @@ from tokenformer.train.checkpoint.ranks import Ranks
 from tokenformer.train.checkpoint.staging import Staging
 from tokenformer.train.sections import CheckpointConfig
 
+_PATIENCE = 60.0
+"""Seconds."""
+
 
 def writes_in_background(config: CheckpointConfig, device: torch.device) -> bool:
     """Whether checkpoints are written while the training goes on: as configured, on CUDA by itself."""
@@ -49,7 +52,7 @@ class CheckpointWriter:
         self._device = device
         self._ranks = ranks or Ranks()
         self._staging = Staging() if background else None
-        self._exporter = Exporter(run / "model", background=background, say=say)
+        self._exporter = Exporter(run, background=background, say=say)
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
 
@@ -67,7 +70,7 @@ class CheckpointWriter:
         Raises:
             TokenFormerError: this or the former write failed; names the newest whole checkpoint.
         """
-        self._wait()
+        self.wait()
         contents = checkpoint.contents()  # here: sharded parameters are not themselves during a forward pass
         if self._staging is None:
             self._write(contents, policy, card)
@@ -88,20 +91,31 @@ class CheckpointWriter:
         if self._failure is not None:
             raise self._failure
 
+    def wait(self) -> None:
+        """Wait until the last checkpoint is complete.
+
+        Raises:
+            TokenFormerError: it could not be written; names the newest whole checkpoint.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.raise_failure()
+
+    def abandon(self) -> None:
+        """Let what is being written come to its end, when the run itself has failed; gives up after a minute, since
+        other ranks may be gone."""
+        if self._thread is not None:
+            self._thread.join(_PATIENCE)
+
     def finish(self) -> None:
         """Wait until the last checkpoint is complete and its export is made.
 
         Raises:
             TokenFormerError: one of them failed.
         """
-        self._wait()
+        self.wait()
         self._ranks.first(self._exporter.finish)
-
-    def _wait(self) -> None:
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        self.raise_failure()
 
     def _write(self, contents: CheckpointContents, policy: CheckpointConfig, card: str | None) -> None:
         try:
