@@ -273,7 +273,7 @@ def test_a_large_vocabulary_is_stored_wider(tmp_path: Path) -> None:
         ({"tokenizer": "bpe:many"}, "tokenizer: found 'bpe:many', expected bpe:N with N at least 257"),
         ({"tokenizer": "bpe:100"}, "tokenizer: found 'bpe:100', expected bpe:N"),
         ({"tokenizer": "bpe"}, "tokenizer: found 'bpe', expected bpe:N"),
-        ({"tokenizer": "bites"}, "tokenizer: found 'bites', expected byte, bpe:N or the path"),
+        ({"tokenizer": "bites"}, "tokenizer: found 'bites', expected byte, bpe:N, the path"),
         ({"validation_fraction": 0.0}, "validation_fraction: found 0.0, expected a number between 0 and 1"),
         ({"validation_fraction": 1.0}, "validation_fraction: found 1.0"),
         ({"validation_fraction": float("nan")}, "validation_fraction: found nan"),
