@@ -1,1 +1,0 @@
-"""Training checkpoints: complete or invisible, checksummed, readable on any number of processes."""
