@@ -218,7 +218,7 @@ def run_values(plan: QuickstartPlan, out: Path, setting: Setting) -> dict[str, A
 
 
 def grow_start(plan: QuickstartPlan, out: Path, setting: Setting) -> None:
-    from tokenformer.train.checkpoint import list_checkpoints
+    from tokenformer.train.checkpoint.folder import list_checkpoints
     from tokenformer.train.grow import grow_directory
 
     small = {"side": "small", **{n: setting[f"small_{n}"] for n in ("lr", "initializer", "schedule")}}

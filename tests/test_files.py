@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from tokenformer.files import (
     read_json,
     read_text,
     require_free,
+    restore_replaced,
     sha256,
     write_json,
     write_text,
@@ -105,11 +108,46 @@ def test_a_failed_exchange_puts_the_old_back(tmp_path: Path, monkeypatch: pytest
     target = tmp_path / "out"
     write(target, "old")
     rename = Path.rename
+    monkeypatch.setattr(
+        "tokenformer.files._exchange", lambda one, other: False
+    )  # as where there is no renameat2
     monkeypatch.setattr(Path, "rename", lambda p, to: fail() if "incomplete" in p.name else rename(p, to))
     with pytest.raises(TokenFormerError, match="No space left"):
         write(target, "new", replace=True)
     assert names(target) == ["old"]
     assert names(tmp_path) == ["out"]
+
+
+def test_crash_in_the_middle_of_an_exchange_is_put_right(tmp_path: Path) -> None:
+    write(tmp_path / ".out.replaced-7", "old")
+    write(tmp_path / ".out.incomplete-7", "new")
+    restore_replaced(tmp_path / "out")
+    assert names(tmp_path / "out") == ["old"]
+    assert names(tmp_path) == ["out"]
+    write(tmp_path / ".out.replaced-8", "older")
+    restore_replaced(tmp_path / "out")
+    assert names(tmp_path / "out") == ["old"]
+    assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="renameat2 is Linux's")
+def test_a_reader_never_finds_nothing(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    write(target, "0")
+    missed, stop = [], threading.Event()
+
+    def read() -> None:
+        while not stop.is_set():
+            if not target.is_dir():
+                missed.append(target)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for index in range(50):
+        write(target, str(index), replace=True)
+    stop.set()
+    reader.join()
+    assert not missed
 
 
 @pytest.mark.parametrize("path", [".", "..", "sub/.."])

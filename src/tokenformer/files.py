@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from tokenformer.errors import TokenFormerError
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux's renameat2
 
 
 def require_free(path: Path | str) -> Path:
@@ -87,19 +90,47 @@ def put_in_place(scratch: Path, path: Path) -> None:
         if file.is_file():
             sync(file)
     if path.is_dir() and any(path.iterdir()):
-        old = path.with_name(f".{path.name}.replaced-{os.getpid()}")
-        path.rename(old)
-        try:
-            scratch.rename(path)
-        except BaseException:
-            old.rename(path)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
+        if _exchange(scratch, path):
+            shutil.rmtree(scratch, ignore_errors=True)
+        else:
+            _replace(scratch, path)
     else:
         if path.is_dir():
             path.rmdir()
         scratch.rename(path)
     sync(path.parent)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two directories in one step; false where the system cannot."""
+    try:
+        swap = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):  # not Linux
+        return False
+    return bool(swap(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0)
+
+
+def _replace(scratch: Path, path: Path) -> None:
+    """The same in two steps; :func:`restore_replaced` puts right what a crash between them leaves."""
+    old = path.with_name(f".{path.name}.replaced-{os.getpid()}")
+    path.rename(old)
+    try:
+        scratch.rename(path)
+    except BaseException:
+        old.rename(path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def restore_replaced(path: Path | str) -> None:
+    """Put back what stood at ``path`` if a crash came between taking it away and putting the new content there, and
+    remove the scratch directories that crashes left beside it; nothing may be writing meanwhile."""
+    path = Path(path)
+    former = sorted(path.parent.glob(f".{path.name}.replaced-*"))
+    if former and not path.exists():
+        former.pop().rename(path)
+    for remains in [*former, *path.parent.glob(f".{path.name}.incomplete-*")]:
+        shutil.rmtree(remains, ignore_errors=True)
 
 
 def sync(path: Path) -> None:

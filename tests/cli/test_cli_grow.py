@@ -17,7 +17,7 @@ from tokenformer.models.directory import load_model, save_model
 from tokenformer.models.registry import build_model
 from tokenformer.models.tokenformer.config import TokenFormerConfig
 from tokenformer.models.transformer.config import TransformerConfig
-from tokenformer.train.checkpoint import read_checkpoint
+from tokenformer.train.checkpoint.contents import read_checkpoint
 
 SIZES: dict[str, Any] = {
     "vocab_size": 384,

@@ -273,7 +273,7 @@ def test_a_large_vocabulary_is_stored_wider(tmp_path: Path) -> None:
         ({"tokenizer": "bpe:many"}, "tokenizer: found 'bpe:many', expected bpe:N with N at least 257"),
         ({"tokenizer": "bpe:100"}, "tokenizer: found 'bpe:100', expected bpe:N"),
         ({"tokenizer": "bpe"}, "tokenizer: found 'bpe', expected bpe:N"),
-        ({"tokenizer": "bites"}, "tokenizer: found 'bites', expected byte, bpe:N or the path"),
+        ({"tokenizer": "bites"}, "tokenizer: found 'bites', expected byte, bpe:N, the path"),
         ({"validation_fraction": 0.0}, "validation_fraction: found 0.0, expected a number between 0 and 1"),
         ({"validation_fraction": 1.0}, "validation_fraction: found 1.0"),
         ({"validation_fraction": float("nan")}, "validation_fraction: found nan"),
@@ -319,7 +319,9 @@ def test_a_failure_while_writing_keeps_what_is_done(
 
     with monkeypatch.context() as patched:
         patched.setattr(prepare_module, "write_json", full)
-        message = r"data: could not be written \(No space left on device\); 1 finished block kept in .*/\.data"
+        message = (
+            r"data: could not be written \(No space left on device\); 1 finished block kept in .*/\.data"
+        )
         with pytest.raises(TokenFormerError, match=message):
             prepare([corpus], tmp_path / "data")
     assert not (tmp_path / "data").exists()

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tokenformer.language.prepare import prepare
+from tokenformer.train.checkpoint.manifest import MANIFEST_FILE, describe_files, write_manifest
 from tokenformer.train.config import RunConfig
 from tokenformer.train.yaml_source import apply_overrides
 from tokenformer.validation import validate
@@ -68,3 +69,14 @@ def ladder(make_config: MakeConfig) -> RunConfig:
             {"name": "largest", "tokens": 256, "grow": {"qkv": 24, "ffn": 40}, "data": {"batch_tokens": 128}},
         ]
     )
+
+
+@pytest.fixture
+def reseal() -> Callable[[Path], None]:
+    """Make the manifest of a checkpoint that of its files as they are, so that what was changed passes for whole."""
+
+    def seal(checkpoint: Path) -> None:
+        files = [p for p in checkpoint.rglob("*") if p.is_file() and p.name != MANIFEST_FILE]
+        write_manifest(checkpoint, describe_files(checkpoint, files))
+
+    return seal

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tokenformer.errors import TokenFormerError
-from tokenformer.train.checkpoint import read_checkpoint
+from tokenformer.train.checkpoint.contents import read_checkpoint
 from tokenformer.train.config import RunConfig
 from tokenformer.train.metrics import read_metrics
 from tokenformer.train.run import train

@@ -18,7 +18,7 @@ from tokenformer.errors import TokenFormerError
 from tokenformer.growth.grow import grow
 from tokenformer.models.registry import build_model
 from tokenformer.models.tokenformer.config import TokenFormerConfig
-from tokenformer.train.checkpoint import read_checkpoint
+from tokenformer.train.checkpoint.contents import read_checkpoint
 from tokenformer.train.config import RunConfig
 from tokenformer.train.muon import Muon, lr_ratio, orthogonalize
 from tokenformer.train.optimizer import build_optimizer, load_named_state, named_state, set_learning_rate

@@ -17,7 +17,7 @@ from tokenformer.language.task import LanguageModelingTask
 from tokenformer.models.base import LanguageModel
 from tokenformer.models.registry import build_model
 from tokenformer.train import loss_scale
-from tokenformer.train.checkpoint import read_checkpoint
+from tokenformer.train.checkpoint.contents import read_checkpoint
 from tokenformer.train.config import RunConfig
 from tokenformer.train.loss_scale import LossScale
 from tokenformer.train.metrics import read_metrics

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,8 @@ import pytest
 import yaml
 
 from tokenformer.errors import TokenFormerError
-from tokenformer.train.checkpoint import list_checkpoints, read_checkpoint
+from tokenformer.train.checkpoint.contents import read_checkpoint
+from tokenformer.train.checkpoint.folder import list_checkpoints
 from tokenformer.train.config import RunConfig
 from tokenformer.train.interrupts import RunInterrupted
 from tokenformer.train.metrics import read_metrics
@@ -148,11 +150,9 @@ def test_finished_run_says_so(
     assert (again.metrics, again.state) == (first.metrics, first.state)
 
 
-def test_interruption_at_the_last_step_leaves_the_export_for_later(
-    make_config: MakeConfig, tmp_path: Path
-) -> None:
+def test_export_that_is_missing_is_made_up_for(make_config: MakeConfig, tmp_path: Path) -> None:
     interrupted(make_config(), tmp_path / "run", 6)
-    assert not (tmp_path / "run" / "model").exists()
+    shutil.rmtree(tmp_path / "run" / "model")
     result = train(make_config(), tmp_path / "run", resume=True, quiet=True)
     assert (result.model / "model.safetensors").is_file()
 
@@ -226,12 +226,15 @@ def test_what_does_not_decide_the_result_may_change(make_config: MakeConfig, tmp
     assert train(changed, tmp_path / "run", resume=True, quiet=True).state.step == 6
 
 
-def test_checkpoint_of_another_model_is_refused(make_config: MakeConfig, tmp_path: Path) -> None:
+def test_checkpoint_of_another_model_is_refused(
+    make_config: MakeConfig, tmp_path: Path, reseal: Callable[[Path], None]
+) -> None:
     interrupted(make_config(), tmp_path / "run", 3)
     path = list_checkpoints(tmp_path / "run")[-1] / "config.json"
     config = json.loads(path.read_text())
     config["num_attention_heads"] = 4
     path.write_text(json.dumps(config))
+    reseal(path.parent)
     with pytest.raises(
         TokenFormerError, match="another model: num_attention_heads: 4 in the checkpoint, 2 expected"
     ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from tokenformer.errors import TokenFormerError
 from tokenformer.language.prepare import prepare
 from tokenformer.models.directory import load_model
 from tokenformer.models.registry import load_config
-from tokenformer.train.checkpoint import list_checkpoints, read_checkpoint
+from tokenformer.train.checkpoint.contents import read_checkpoint
+from tokenformer.train.checkpoint.folder import list_checkpoints
 from tokenformer.train.config import RunConfig, load_run_config
 from tokenformer.train.metrics import read_metrics
 from tokenformer.train.run import RunResult, train
@@ -269,6 +271,17 @@ class TestRefusals:
         for source in (first.model, first.checkpoint):
             config = make_config(f"data.path={tmp_path}/bpe", model=None, init_from=str(source))
             assert "is not the model's" in self.refused(config, tmp_path / "run")
+
+    def test_data_with_another_tokenizer_when_it_goes_on(
+        self, make_config: MakeConfig, tmp_path: Path, data_directory: Path
+    ) -> None:
+        prepare([data_directory.parent / "text.txt"], tmp_path / "data")
+        config = make_config(f"data.path={tmp_path}/data", "steps=1")
+        train(config, tmp_path / "run", quiet=True)
+        shutil.rmtree(tmp_path / "data")
+        prepare([data_directory.parent / "text.txt"], tmp_path / "data", tokenizer="bpe:300")
+        with pytest.raises(TokenFormerError, match="is not the model's"):
+            train(config, tmp_path / "run", resume=True, quiet=True)
 
     def test_context_of_an_existing_model(self, make_config: MakeConfig, tmp_path: Path) -> None:
         first = train(make_config("steps=1"), tmp_path / "first", quiet=True)

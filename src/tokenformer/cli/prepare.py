@@ -68,8 +68,10 @@ def prepare(
     tokenizer: Annotated[
         str,
         typer.Option(
-            metavar="byte|bpe:N|FILE",
-            help="Bytes; a byte-level BPE of N ids trained on the training documents; or a tokenizer.json.",
+            metavar="byte|bpe:N|FILE|hf:NAME",
+            help="Bytes; a byte-level BPE of N ids trained on the training documents; a tokenizer.json or a folder "
+            "with one; or one of the Hugging Face hub (`hf:EleutherAI/gpt-neox-20b`, `hf:NAME@REVISION`, or plain "
+            "owner/name).",
         ),
     ] = "byte",
     validation: Annotated[

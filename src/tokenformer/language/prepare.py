@@ -16,6 +16,7 @@ from tokenformer.language.data_directory import (
     DatasetInfo,
     SplitInfo,
 )
+from tokenformer.language.hub_tokenizers import fetch_tokenizer, is_hub_tokenizer
 from tokenformer.language.preparation.corpus import Corpus, Group, Position, Reading
 from tokenformer.language.preparation.engines import Engine, LocalEngine
 from tokenformer.language.preparation.estimate import SizeEstimate
@@ -69,11 +70,10 @@ def prepare(
     ``sources``, ``validation`` and ``test`` are what :func:`~tokenformer.language.documents.read_documents` takes.
     Without ``validation``, ``validation_fraction`` (0.05) of the documents is held out by a hash of their
     text, or, where that would leave a side empty, the end of the text. ``test`` documents make a split of their
-    own. ``tokenizer`` is ``byte``, ``bpe:N``
-    (trained on the training documents, N ids in all) or a file or directory with a ``tokenizer.json``;
-    ``eos_token`` names the end-of-document token of such a file. Without ``rules`` every document that is not
-    empty is taken. A split is one store, or shards of at most ``shard_tokens`` (2^32) tokens; a longer document has one
-    to itself.
+    own. ``tokenizer`` is ``byte``, ``bpe:N`` (trained on the training documents, N ids in all), a file or
+    directory with a ``tokenizer.json``, or ``hf:NAME`` or ``owner/name`` of the Hugging Face hub; ``eos_token``
+    names its end-of-document token. Without ``rules`` every document that is not empty is taken. A split is one
+    store, or shards of at most ``shard_tokens`` (2^32) tokens; a longer document has one to itself.
 
     Without ``engine`` all cores are used, in spawned processes: a script then needs the usual
     ``if __name__ == "__main__":``. (Bytes, and a few megabytes, are done in this process.) Work that is interrupted
@@ -300,7 +300,10 @@ def _given_tokenizer(tokenizer: str | Path, eos_token: str | None) -> Tokenizer:
     if str(tokenizer) == "byte":
         return ByteTokenizer()
     if not Path(tokenizer).exists():
+        if is_hub_tokenizer(str(tokenizer)):
+            return fetch_tokenizer(str(tokenizer), eos_token=eos_token)
         raise TokenFormerError(
-            f"tokenizer: found '{tokenizer}', expected byte, bpe:N or the path of a tokenizer.json"
+            f"tokenizer: found '{tokenizer}', expected byte, bpe:N, the path of a tokenizer.json or of a folder with "
+            "one, or hf:NAME"
         )
     return load_tokenizer(tokenizer, eos_token=eos_token)

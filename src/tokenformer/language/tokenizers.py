@@ -33,8 +33,8 @@ SMALLEST_BPE = 257
 
 _ENCODED_CHARACTERS = 2**21  # at once: the library holds over a hundred bytes for each
 
-_FILE = "tokenizer.json"
-_CONFIG_FILE = "tokenizer_config.json"
+TOKENIZER_FILE = "tokenizer.json"
+CONFIG_FILE = "tokenizer_config.json"
 
 
 class Tokenizer:
@@ -112,9 +112,9 @@ class Tokenizer:
     def save(self, directory: Path | str) -> None:
         """Write ``tokenizer.json``, as it was read; and, only where the end-of-document token is not the one
         that would be found, ``tokenizer_config.json`` with its name."""
-        write_text(Path(directory) / _FILE, self.definition)
-        if self.eos_token != _find_end_token(self._backend, None, _FILE, required=False):
-            write_json(Path(directory) / _CONFIG_FILE, {"eos_token": self.eos_token})
+        write_text(Path(directory) / TOKENIZER_FILE, self.definition)
+        if self.eos_token != _find_end_token(self._backend, None, TOKENIZER_FILE, required=False):
+            write_json(Path(directory) / CONFIG_FILE, {"eos_token": self.eos_token})
 
     def _pieces(self, texts: Sequence[str]) -> Iterator[tuple[int, str]]:
         for number, text in enumerate(texts):
@@ -142,7 +142,7 @@ class Tokenizer:
 
     @cached_property
     def _special_backend(self) -> Backend:
-        return _parse(self.definition, _FILE)
+        return _parse(self.definition, TOKENIZER_FILE)
 
     @cached_property
     def _token_bytes(self) -> list[bytes] | None:
@@ -184,9 +184,9 @@ def load_tokenizer(path: Path | str, *, eos_token: str | None = None) -> Tokeniz
         TokenFormerError: missing or invalid file, or no end-of-document token.
     """
     path = Path(path)
-    file = path / _FILE if path.is_dir() else path
+    file = path / TOKENIZER_FILE if path.is_dir() else path
     definition = read_text(file, "a tokenizer (tokenizer.json)")
-    named = eos_token or _named_end_token(file.parent / _CONFIG_FILE)
+    named = eos_token or _named_end_token(file.parent / CONFIG_FILE)
     return make_tokenizer(definition, eos_token=named, source=str(file))
 
 

@@ -26,7 +26,8 @@ from tokenformer.quickstart.page import write_report
 from tokenformer.quickstart.plan import RUNS, QuickstartPlan, RunName, parse_plan
 from tokenformer.quickstart.results import GrowthResult, ModelResult, QuickstartResults
 from tokenformer.report.runs import report_run
-from tokenformer.train.checkpoint import TrainingCheckpoint, list_checkpoints, read_checkpoint
+from tokenformer.train.checkpoint.contents import TrainingCheckpoint, read_checkpoint
+from tokenformer.train.checkpoint.folder import list_checkpoints
 from tokenformer.train.device import find_device
 from tokenformer.train.grow import grow_directory
 from tokenformer.train.micro_batches import MicroBatches

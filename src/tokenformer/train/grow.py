@@ -23,7 +23,7 @@ from tokenformer.models.paths import resolve_model_directory
 from tokenformer.models.registry import load_config
 from tokenformer.models.tokenformer.config import TokenFormerConfig
 from tokenformer.progress import short_number
-from tokenformer.train.checkpoint import read_checkpoint, write_checkpoint
+from tokenformer.train.checkpoint.contents import read_checkpoint, write_checkpoint
 from tokenformer.train.device import require_memory
 from tokenformer.train.state import is_checkpoint
 

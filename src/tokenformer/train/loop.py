@@ -7,7 +7,6 @@ from contextlib import closing
 
 import torch
 
-from tokenformer.parallel.shard import drop_gathered
 from tokenformer.progress import ProgressBar
 from tokenformer.train.clock import TrainingClock
 from tokenformer.train.config import StageConfig
@@ -24,7 +23,8 @@ class StageLoop:
     """Runs one stage from ``state`` to its end, or to a stop request.
 
     ``save`` writes a checkpoint of a state; it is called when one is due, at the end of the stage and on a
-    stop request. ``say`` prints a line for the user.
+    stop request. ``poll`` brings the request up to date, at the same place of a step on all ranks, and raises what
+    went wrong in the background. ``say`` prints a line for the user.
     """
 
     def __init__(
@@ -37,6 +37,7 @@ class StageLoop:
         save: Callable[[TrainingState], None],
         say: Callable[[str], None],
         request: StopRequest,
+        poll: Callable[[], None],
     ) -> None:
         self.step = step
         self.stage = stage
@@ -45,10 +46,10 @@ class StageLoop:
         self._save = save
         self._say = say
         self._request = request
+        self._poll = poll
         self._clock = TrainingClock(step.device, state.seconds)
         self._window = MetricsWindow(step.device, stage.stability.max_nonfinite_steps)
         self._window_start = state.seconds
-        self._unsaved_steps = 0
         self._flops_per_token = step.model.config.flops_per_token(stage.data.sequence_length)
         self._tokens_logged = state.tokens
 
@@ -60,35 +61,31 @@ class StageLoop:
         """
         data = self.stage.data
         first_step = self.state.stage_step
-        share = self.step.world.share
         micro_batches = MicroBatches(
             self.state.next_sample,
             data.sequences_per_step,
             data.sequences_per_forward,
-            share.rank,
-            share.ranks,
             sizes=data.batch_sizes,
             first_step=first_step,
         )
         batches = self.step.task.batches(micro_batches)
         with closing(batches):  # type: ignore[type-var]
+            self._poll()
             while self.state.stage_step < self.stage.steps and self._request.signal_number is None:
                 step, before = self.state.stage_step, self.state.tokens
                 result = self.step(batches, step, micro_batches.passes(step - first_step))
                 self._window.add(result)
                 self._advance()
+                self._poll()
                 self._do_what_is_due()
                 if bar is not None:
                     bar.advance(self.state.tokens - before)
                     bar.note(f"loss {self._metrics.latest.get('loss', float('nan')):.3f}")
-            if self._unsaved_steps:  # asked to stop between the last look and now
-                self._write_checkpoint()
         return self.state
 
     def _advance(self) -> None:
         sequences = self.stage.data.batch_sizes.at(self.state.stage_step)
         tokens = sequences * self.stage.data.sequence_length
-        self._unsaved_steps += 1
         self.state = self.state.model_copy(
             update={
                 "step": self.state.step + 1,
@@ -116,7 +113,6 @@ class StageLoop:
         self._count_skipped()
         with self._clock.paused():
             self._save(self.state)
-        self._unsaved_steps = 0
 
     def _log(self) -> None:
         values = self._window.read()  # waits for the device, so the time is that of finished work
@@ -142,10 +138,7 @@ class StageLoop:
     def _evaluate(self) -> None:
         model, config = self.step.model, self.stage.evaluation
         with torch.no_grad(), autocast(self.step.dtype, self.step.device):
-            values = self.step.task.evaluate(
-                model, self.step.device, config.max_tokens, config.batch_size, self.step.world.share
-            )
-        drop_gathered(model)
+            values = self.step.task.evaluate(model, self.step.device, config.max_tokens, config.batch_size)
         model.train()
         self._metrics.write(self.state, {f"val_{name}": value for name, value in values.items()})
         found = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in values.items())

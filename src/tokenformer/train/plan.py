@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,10 +14,10 @@ from tokenformer.language.tokenizers import Tokenizer, load_tokenizer
 from tokenformer.models.base import LanguageModel
 from tokenformer.models.config import DecoderConfig
 from tokenformer.models.registry import load_config
-from tokenformer.parallel.sizes import ALONE, MeshSizes, check_tensor_split
 from tokenformer.progress import short_number
+from tokenformer.train.checkpoint.ranks import Ranks
 from tokenformer.train.config import RunConfig, StageConfig
-from tokenformer.train.device import compute_dtype, require_memory
+from tokenformer.train.device import compute_dtype, find_device, require_memory
 from tokenformer.train.ladder import model_configs, num_growth_groups
 from tokenformer.train.optimizer import check_roles_and_groups
 from tokenformer.train.sections import DataConfig
@@ -34,7 +35,8 @@ _TRAINING_BYTES = 16
 
 @dataclass(frozen=True)
 class RunPlan:
-    """A run that may start. ``tasks`` belong to ``stages``; ``models`` to the stages from ``first_stage`` on."""
+    """A run that may start. ``tasks`` belong to ``stages``; ``models`` to the stages from ``first_stage`` on;
+    ``damaged`` says what is wrong with each checkpoint that is newer than ``resume_from``."""
 
     config: RunConfig
     out: Path
@@ -44,6 +46,7 @@ class RunPlan:
     models: list[DecoderConfig]
     first_stage: int
     resume_from: Path | None
+    damaged: dict[Path, str]
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -51,24 +54,19 @@ class RunPlan:
         return self.tasks[-1].data.tokenizer
 
 
-def make_plan(
-    config: RunConfig,
-    out: Path,
-    device: torch.device,
-    *,
-    resume: bool,
-    sizes: MeshSizes = ALONE,
-) -> RunPlan:
-    """Check a run on ``device``, or on a mesh of such, without building its model; nothing is written.
+def make_plan(config: RunConfig, out: Path, *, resume: bool, ranks: Ranks | None = None) -> RunPlan:
+    """Check a run without building its model; nothing is written. The first of ``ranks`` looks for the checkpoint to
+    go on from.
 
     Raises:
         TokenFormerError: whatever would stop the run later: an unreachable device, an output that holds something
             else, another configuration than the checkpoint's, unusable data, another tokenizer, sizes that cannot be.
     """
     stages = config.resolve()
+    device = find_device(config.parallel.device)
     for stage in stages:
         compute_dtype(stage.precision, device)
-    resume_from = find_resume_point(out, config, resume=resume)
+    resume_from, damaged = (ranks or Ranks()).first(partial(find_resume_point, out, config, resume=resume))
     initial, first = initial_config(config) if resume_from is None else load_config(resume_from), 0
     if resume_from is not None:
         first = read_state(resume_from).stage
@@ -77,18 +75,15 @@ def make_plan(
     models = model_configs(initial, stages, first=first)
     for model in models:
         parameters = model.num_parameters()
-        check_tensor_split(model, sizes.tensor)
         require_memory(
-            _TRAINING_BYTES * parameters // (sizes.shard * sizes.tensor),
-            device,
-            f"model: training {short_number(parameters)} parameters",
+            _TRAINING_BYTES * parameters, device, f"model: training {short_number(parameters)} parameters"
         )
     tasks = _open_tasks([stage.data for stage in stages])
     tokenizer = initial_tokenizer(config) if resume_from is None else load_tokenizer(resume_from)
     for task, model in zip(tasks[first:], models, strict=True):
         task.check_model(model, tokenizer.sha256 if tokenizer is not None else None)
         task.check_model(model, tasks[-1].data.tokenizer.sha256)  # one tokenizer up the whole ladder
-    return RunPlan(config, out, device, stages, tasks, models, first, resume_from)
+    return RunPlan(config, out, device, stages, tasks, models, first, resume_from, damaged)
 
 
 def check_optimizers(plan: RunPlan, model: LanguageModel) -> None:

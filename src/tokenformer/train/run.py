@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,32 +12,27 @@ from typing import Any
 
 import torch
 
-from tokenformer.errors import TokenFormerError
-from tokenformer.files import write_text
+from tokenformer.files import restore_replaced, write_text
 from tokenformer.models.base import LanguageModel
 from tokenformer.models.card import model_card
-from tokenformer.models.directory import save_model
-from tokenformer.parallel.launch import find_launch
-from tokenformer.parallel.sizes import mesh_sizes
-from tokenformer.parallel.world import World, joined, meet
+from tokenformer.models.config import DecoderConfig
+from tokenformer.models.registry import load_config
 from tokenformer.progress import progress_bar, short_number
+from tokenformer.train.activation_checkpointing import apply_activation_checkpointing
 from tokenformer.train.card import training_facts
-from tokenformer.train.checkpoint import (
-    TrainingCheckpoint,
-    checkpoint_path,
-    list_checkpoints,
-    prune_checkpoints,
-    restore_rng,
-    rng_state,
-    write_checkpoint,
-)
-from tokenformer.train.config import CONFIG_FILE, RunConfig
-from tokenformer.train.device import process_settings, rank_device
+from tokenformer.train.checkpoint.contents import TrainingCheckpoint
+from tokenformer.train.checkpoint.export import Export, export_model, is_exported
+from tokenformer.train.checkpoint.folder import checkpoint_path, list_checkpoints, remove_remains, set_aside
+from tokenformer.train.checkpoint.ranks import Ranks, all_ranks, greatest_of_all_ranks
+from tokenformer.train.checkpoint.rng import restore_rng, rng_state
+from tokenformer.train.checkpoint.writer import CheckpointWriter, writes_in_background
+from tokenformer.train.config import CONFIG_FILE, RunConfig, StageConfig
+from tokenformer.train.device import process_settings, wants_compile
 from tokenformer.train.interrupts import RunInterrupted, StopRequest, stop_requests
+from tokenformer.train.lock import run_lock
 from tokenformer.train.loop import StageLoop
 from tokenformer.train.metrics import METRICS_FILE, MetricsLog, latest_values, read_metrics
 from tokenformer.train.optimizer import Moments, load_named_state, named_state
-from tokenformer.train.placement import Placement
 from tokenformer.train.plan import RunPlan, check_optimizers, make_plan
 from tokenformer.train.rung import grow_for_stage
 from tokenformer.train.start import RunStart, begin, go_on
@@ -65,75 +60,78 @@ def train(config: RunConfig, out: Path | str, *, resume: bool = False, quiet: bo
 
     Raises:
         TokenFormerError: anything the user can put right; nothing is written for what is found before the start.
-        RunInterrupted: (a ``KeyboardInterrupt``) SIGINT or SIGTERM came; the checkpoint is written.
+        RunInterrupted: (a ``KeyboardInterrupt``) SIGINT, SIGTERM or SIGUSR1 came; the checkpoint is written.
     """
-    launch, parallel = find_launch(), config.parallel
-    with meet(launch, parallel.timeout_seconds) as store:
-        sizes = mesh_sizes(parallel.replicate, parallel.shard, parallel.tensor, launch.world_size)
-        device = rank_device(parallel.device, launch)
-        with joined(launch, store, sizes, device, parallel.timeout_seconds) as world:
-            return _train(config, Path(out), device, world, resume=resume, quiet=quiet)
+    ranks = all_ranks()
+    with ExitStack() as stack:
+        ranks.first(lambda: stack.enter_context(run_lock(Path(out))))
+        return _train(config, Path(out), ranks, resume=resume, quiet=quiet)
 
 
-def _train(
-    config: RunConfig, out: Path, device: torch.device, world: World, *, resume: bool, quiet: bool
-) -> RunResult:
-    plan = make_plan(config, out, device, resume=resume, sizes=world.sizes)
-    quiet = quiet or not world.is_first
-    world.share.add_up(0.0)  # no rank writes before the last has looked
+def _train(config: RunConfig, out: Path, ranks: Ranks, *, resume: bool, quiet: bool) -> RunResult:
+    plan = make_plan(config, out, resume=resume, ranks=ranks)
     deterministic = any(stage.precision.deterministic for stage in plan.stages)
     cuda = [plan.device] if plan.device.type == "cuda" else []
     with (
         process_settings(config.parallel, deterministic=deterministic),
         torch.random.fork_rng(devices=cuda),
-        stop_requests() as request,
+        stop_requests(greatest_of_all_ranks()) as request,
     ):
-        return _Run(
-            plan, request, world, (lambda text: None) if quiet else partial(print, flush=True), quiet
-        ).execute()
+        say: Callable[[str], None] = (lambda text: None) if quiet else partial(print, flush=True)
+        return _Run(plan, request, ranks, say, quiet).execute()
 
 
 class _Run:
     def __init__(
-        self, plan: RunPlan, request: StopRequest, world: World, say: Callable[[str], None], quiet: bool
+        self, plan: RunPlan, request: StopRequest, ranks: Ranks, say: Callable[[str], None], quiet: bool
     ) -> None:
         self.plan = plan
-        self.world = world
-        self.placement = Placement(
-            plan.device, world, reshard_after_forward=plan.config.parallel.reshard_after_forward
-        )
         self.request = request
+        self.ranks = ranks
         self.say = say
         self.quiet = quiet
         self.config_text = plan.config.to_yaml()
+        background = any(writes_in_background(stage.checkpoint, plan.device) for stage in plan.stages)
+        self.writer = CheckpointWriter(plan.out, plan.device, background=background, ranks=ranks, say=say)
 
     def execute(self) -> RunResult:
         plan = self.plan
         start = begin(plan.config) if plan.resume_from is None else go_on(plan.resume_from)
         check_optimizers(plan, start.model)
-        if self.world.is_first:
-            self._open_run_directory()
+        self.ranks.first(self._open_run_directory)
         if self._is_finished(start.state):
-            return self._finish_again(start)
+            return self._finish_again(start.state)
         with MetricsLog(
             plan.out,
             tensorboard=plan.stages[0].logging.tensorboard,
             after=start.state if plan.resume_from is not None else None,
-            silent=not self.world.is_first,
         ) as metrics:
             self._announce(start)
-            return self._climb(start, metrics)
+            try:
+                return self._climb(start, metrics)
+            except Exception:
+                self.writer.abandon()
+                raise
 
-    def _finish_again(self, start: RunStart) -> RunResult:
+    def _finish_again(self, state: TrainingState) -> RunResult:
         """What is left of a finished run: the export, if the run was stopped just before it."""
-        self.say(f"{self.plan.out}: this run is finished (step {start.state.step}); nothing is left to do")
+        self.say(f"{self.plan.out}: this run is finished (step {state.step}); nothing is left to do")
         latest = latest_values(read_metrics(self.plan.out))
-        if self.world.is_first and not self._export_is_current():
-            self._export(start.model, start.state, latest)
-        return self._result(start.state, latest)
+        checkpoint = checkpoint_path(self.plan.out, state.step)
+        if not is_exported(checkpoint, self.plan.out):
+            export = Export(checkpoint, self._card(load_config(checkpoint), state, latest))
+            self.ranks.first(partial(export_model, export, self.plan.out))
+        return self._result(state, latest)
 
     def _open_run_directory(self) -> None:
         out = self.plan.out
+        remove_remains(out)
+        restore_replaced(out / "model")
+        for path, problem in self.plan.damaged.items():
+            self.say(
+                f"damaged checkpoint: {problem}; it is kept as {set_aside(path).name}, and its steps since "
+                f"{self.plan.resume_from and self.plan.resume_from.name} are trained again"
+            )
         write_text(out / CONFIG_FILE, self.config_text)
         if self.plan.resume_from is None:
             (out / METRICS_FILE).unlink(missing_ok=True)  # of a run that ended before its first checkpoint
@@ -141,15 +139,16 @@ class _Run:
     def _climb(self, start: RunStart, metrics: MetricsLog) -> RunResult:
         torch.manual_seed(self.plan.config.seed)
         restore_rng(start.rng, self.plan.device)
-        model, moments, state = start.model, start.moments, start.state
+        model, moments, state = start.model.to(self.plan.device), start.moments, start.state
         for index in range(state.stage, len(self.plan.stages)):
             state = self._enter(index, state)
             if state.stage_step == self.plan.stages[index].steps:
                 continue
             model, moments, state = self._run_stage(index, model, moments, state, metrics)
             if self.request.signal_number is not None:
+                self.writer.finish()
                 raise self._interruption(state)
-            self._export(model, state, metrics.latest)
+        self.writer.finish()
         self.say(f"model: {self.plan.out / 'model'}")
         return self._result(state, metrics.latest)
 
@@ -166,23 +165,27 @@ class _Run:
     ) -> tuple[LanguageModel, Moments, TrainingState]:
         stage, task, device = self.plan.stages[index], self.plan.tasks[index], self.plan.device
         if stage.grow is not None and state.stage_step == 0:
-            rung = grow_for_stage(model, moments, stage, task, state, self.plan.config.seed, self.placement)
+            rung = grow_for_stage(model, moments, stage, task, state, self.plan.config.seed, device)
             self.say(f"{stage.name}: {rung.describe()}")
             metrics.write(state, {"parameters": rung.parameters, "logit_change": rung.logit_change})
             model, moments = rung.model, rung.moments
-        else:
-            model, moments = self.placement.gather(model, moments)
-            model = self.placement.place(model, stage)
-        step = TrainStep(model, task, stage, device, state, self.world)
+        model.train()
+        apply_activation_checkpointing(model, stage.activation_checkpointing)
+        if wants_compile(stage.precision, device):
+            torch.compiler.reset()  # each stage has its own shapes; old ones would use up the recompile limit
+            for block in model.blocks:
+                block.compile(dynamic=False)
+        step = TrainStep(model, task, stage, device, state)
         load_named_state(model, step.optimizer, moments)
         loop = StageLoop(
             step,
             stage,
             state,
             metrics=metrics,
-            save=partial(self._save, model, step.optimizer, stage.checkpoint.keep_last),
+            save=partial(self._save, model, step.optimizer, stage, metrics.latest),
             say=self.say,
             request=self.request,
+            poll=self._poll,
         )
         total, done = map(stage.data.tokens_before, (stage.steps, state.stage_step))
         shown = nullcontext() if self.quiet else progress_bar(stage.name, total, "tokens", done=done)
@@ -190,42 +193,34 @@ class _Run:
             state = loop.run(bar)
         return model, named_state(model, step.optimizer), state
 
+    def _poll(self) -> None:
+        if self.request.poll(trouble=self.writer.failed):
+            self.writer.wait()
+
     def _save(
-        self, model: LanguageModel, optimizer: torch.optim.Optimizer, keep_last: int, state: TrainingState
+        self,
+        model: LanguageModel,
+        optimizer: torch.optim.Optimizer,
+        stage: StageConfig,
+        latest: Mapping[str, Any],
+        state: TrainingState,
     ) -> None:
-        model, moments = self.placement.gather(model, named_state(model, optimizer))
-        if not self.world.is_first:
-            return
         checkpoint = TrainingCheckpoint(
             model=model,
-            moments=moments,
+            moments=named_state(model, optimizer),
             state=state,
             tokenizer=self.plan.tokenizer,
             run_config=self.config_text,
             rng=rng_state(self.plan.device),
         )
-        try:
-            write_checkpoint(checkpoint_path(self.plan.out, state.step), checkpoint)
-        except TokenFormerError as error:
-            former = list_checkpoints(self.plan.out)
-            advice = (
-                f"{former[-1]} is whole: go on from it with --resume" if former else "there is none before it"
-            )
-            raise TokenFormerError(f"{error}; {advice}") from error
-        prune_checkpoints(self.plan.out, keep_last)
+        wanted = stage.checkpoint.export or state.stage_step == stage.steps
+        self.writer.write(
+            checkpoint, stage.checkpoint, self._card(model.config, state, latest) if wanted else None
+        )
 
-    def _export(self, model: LanguageModel, state: TrainingState, latest: Mapping[str, Any]) -> None:
-        model, _ = self.placement.gather(model, {})
-        if not self.world.is_first:
-            return
+    def _card(self, config: DecoderConfig, state: TrainingState, latest: Mapping[str, Any]) -> str:
         info = self.plan.tasks[state.stage].data.info
-        facts = training_facts(info, self.plan.stages, state, latest)
-        card = model_card(model.config, facts)
-        save_model(model, self.plan.out / "model", card=card, tokenizer=self.plan.tokenizer, replace=True)
-
-    def _export_is_current(self) -> bool:
-        exported, saved = self.plan.out / "model" / "config.json", list_checkpoints(self.plan.out)[-1]
-        return exported.is_file() and exported.stat().st_mtime >= (saved / "config.json").stat().st_mtime
+        return model_card(config, training_facts(info, self.plan.stages, state, latest))
 
     def _is_finished(self, state: TrainingState) -> bool:
         return state.stage == len(self.plan.stages) - 1 and state.stage_step >= self.plan.stages[-1].steps
@@ -249,12 +244,5 @@ class _Run:
         opening = "goes on" if self.plan.resume_from is not None else "starts"
         self.say(
             f"{self.plan.out}: {opening} at step {state.step} with {model.config.class_name}, {parameters} parameters, "
-            f"on {self.plan.device}{self._describe_ranks()}"
+            f"on {self.plan.device}"
         )
-
-    def _describe_ranks(self) -> str:
-        sizes = self.world.sizes
-        if sizes.world == 1:
-            return ""
-        axes = ", ".join(f"{axis} {size}" for axis, size in sizes._asdict().items())
-        return f" and {sizes.world - 1} more ({axes})"

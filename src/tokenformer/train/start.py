@@ -17,14 +17,11 @@ from tokenformer.models.config import DecoderConfig
 from tokenformer.models.directory import load_model
 from tokenformer.models.paths import resolve_model_directory
 from tokenformer.models.registry import build_model, load_config
-from tokenformer.train.checkpoint import (
-    TrainingCheckpoint,
-    list_checkpoints,
-    read_checkpoint,
-    read_run_config,
-)
+from tokenformer.train.checkpoint.contents import TrainingCheckpoint, read_checkpoint, read_run_config
+from tokenformer.train.checkpoint.folder import WholeCheckpoint, find_newest_whole
 from tokenformer.train.compare import require_same_run
 from tokenformer.train.config import CONFIG_FILE, RunConfig, parse_run_config
+from tokenformer.train.lock import is_in_use
 from tokenformer.train.optimizer import Moments
 from tokenformer.train.state import TrainingState, is_checkpoint
 
@@ -39,32 +36,32 @@ class RunStart:
     rng: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-def find_resume_point(out: Path, config: RunConfig, *, resume: bool) -> Path | None:
-    """The checkpoint to go on from, None to start; reads no tensors.
+def find_resume_point(out: Path, config: RunConfig, *, resume: bool) -> WholeCheckpoint:
+    """The newest whole checkpoint to go on from (its ``path`` is None to start), and what is wrong with newer ones.
 
     Raises:
-        TokenFormerError: ``out`` holds a run and ``resume`` is false, or something that is no run; or the run's
-            checkpoint was made with another configuration.
+        TokenFormerError: ``out`` holds a run and ``resume`` is false, or something that is no run; none of the run's
+            checkpoints is whole; or it was made with another configuration.
     """
-    if not out.is_dir() or not any(out.iterdir()):
-        require_free(out)
-        return None
+    nothing = WholeCheckpoint(None, {})
+    if not is_in_use(out):
+        return nothing
     is_run = (out / CONFIG_FILE).is_file()
     if resume and is_run:
-        checkpoints = list_checkpoints(out)
-        if not checkpoints:
-            return None
-        text = read_run_config(checkpoints[-1])
+        found = find_newest_whole(out)
+        if found.path is None:
+            return nothing
+        text = read_run_config(found.path)
         if text is None:
             raise TokenFormerError(
-                f"{checkpoints[-1]}: does not say which run wrote it; name it in init_from instead"
+                f"{found.path}: does not say which run wrote it; name it in init_from instead"
             )
-        require_same_run(parse_run_config(text, source=str(checkpoints[-1])), config, str(checkpoints[-1]))
-        return checkpoints[-1]
+        require_same_run(parse_run_config(text, source=str(found.path)), config, str(found.path))
+        return found
     if is_run:
         raise TokenFormerError(f"{out}: a run is already there; go on with --resume, or name another --out")
     require_free(out)
-    return None
+    return nothing
 
 
 def initial_config(config: RunConfig) -> DecoderConfig:
@@ -106,12 +103,12 @@ def begin(config: RunConfig) -> RunStart:
 
 
 def go_on(path: Path) -> RunStart:
-    """The start of a resumed run, from its checkpoint ``path``.
+    """The start of a resumed run, from its checkpoint ``path``, which was found to be whole.
 
     Raises:
-        TokenFormerError: a damaged checkpoint.
+        TokenFormerError: tensors that are not its model's.
     """
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_checkpoint(path, verify=False)
     return RunStart(checkpoint.model, checkpoint.moments, checkpoint.state, checkpoint.rng)
 
 

@@ -1,0 +1,1 @@
+"""Training checkpoints: complete or invisible, checksummed, readable on any number of processes."""
