@@ -176,7 +176,7 @@ def test_a_test_split_is_made_inspected_and_evaluated(
 ) -> None:
     (tmp_path / "t.txt").write_text("what is tested\n" * 20)
     code, printed, errors = run_command(
-        "prepare", book, "--test", tmp_path / "t.txt", "--out", tmp_path / "data"
+        "prepare", book, "--test", tmp_path / "t.txt", "--out", tmp_path / "data", "--max-length", "10000"
     )
     assert code == 0, errors
     assert any(line.split()[:2] == ["test", "1"] for line in printed.splitlines())
@@ -184,6 +184,7 @@ def test_a_test_split_is_made_inspected_and_evaluated(
     assert code == 0, errors
     assert "what is tested" in printed
     assert "test sources" in printed
+    assert "at most 10,000 characters" in printed
     save_model(make_tokenformer(vocab_size=384), tmp_path / "model")
     code, printed, errors = run_command(
         "evaluate", tmp_path / "model", "--data", tmp_path / "data", "--split", "test"

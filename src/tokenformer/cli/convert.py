@@ -21,6 +21,9 @@ code; a grown model is rewritten to compute the same there
 
 `tokenformer convert gpt-neox native pythia-160m models/pythia-160m` : a directory of GPT-NeoX or Pythia in
 transformers' format to a Transformer of ours; `convert native gpt-neox` goes back
+
+`tokenformer convert native arrayrecord data/mine exported` : the documents of a data directory to ArrayRecord files of
+`tf.train.Example` for the authors' JAX edition
 """
 
 
@@ -29,7 +32,11 @@ def convert(
         str, typer.Argument(metavar="FROM", help="The format of SRC: `official`, `gpt-neox` or `native`.")
     ],
     target_format: Annotated[
-        str, typer.Argument(metavar="TO", help="The format of DST: `native`, `official` or `gpt-neox`.")
+        str,
+        typer.Argument(
+            metavar="TO",
+            help="The format of DST: `native`, `official`, `gpt-neox`; of a data directory `arrayrecord`.",
+        ),
     ],
     source: Annotated[Path, typer.Argument(metavar="SRC", help="The directory to read.")],
     target: Annotated[Path, typer.Argument(metavar="DST", help="The directory to write; new or empty.")],
@@ -42,10 +49,15 @@ def convert(
         ),
     ] = None,
 ) -> None:
-    """Convert a model between formats; every tensor is accounted for, nothing is guessed."""
-    from tokenformer.interop.formats import find_conversion
+    """Convert a model or data between formats; every tensor and document is accounted for, nothing is guessed."""
+    from tokenformer.interop.formats import ConvertedData, find_conversion
 
     converted = find_conversion(source_format, target_format, config=config)(source, target)
+    if isinstance(converted, ConvertedData):
+        for split, documents in converted.documents.items():
+            print(f"{split}: {documents:,} documents")
+        print(f"Written to {converted.directory}.")
+        return
     made = converted.config
     tokenizer = "tokenizer.json copied" if converted.has_tokenizer else "no tokenizer.json in the source"
     print(f"{made.class_name}, {made.num_parameters():,} parameters, context {made.max_position_embeddings}")

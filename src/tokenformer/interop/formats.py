@@ -28,13 +28,21 @@ class Converted(NamedTuple):
     changes: tuple[str, ...] = ()
 
 
-Convert = Callable[[Path, Path], Converted]
+class ConvertedData(NamedTuple):
+    """What a conversion of a data directory wrote: how many documents of each split."""
+
+    directory: Path
+    documents: dict[str, int]
+
+
+Convert = Callable[[Path, Path], Converted | ConvertedData]
 
 _CONVERSIONS = {
     ("official", "native"): "tokenformer.interop.official:official_to_native",
     ("native", "official"): "tokenformer.interop.official_export:native_to_official",
     ("gpt-neox", "native"): "tokenformer.interop.gpt_neox:gpt_neox_to_native",
     ("native", "gpt-neox"): "tokenformer.interop.gpt_neox:native_to_gpt_neox",
+    ("native", "arrayrecord"): "tokenformer.interop.array_record:data_to_array_record",
 }
 _WITH_CONFIG = {("official", "native")}
 
@@ -44,7 +52,7 @@ def find_conversion(source_format: str, target_format: str, *, config: Path | No
 
     Args:
         source_format: ``official``, ``gpt-neox`` or ``native``.
-        target_format: likewise.
+        target_format: likewise, or ``arrayrecord`` of a data directory.
         config: a configuration to read instead of the one in the source, for the formats that have them apart.
 
     Raises:
@@ -56,7 +64,7 @@ def find_conversion(source_format: str, target_format: str, *, config: Path | No
         known = "; ".join(f"{source} to {target}" for source, target in _CONVERSIONS)
         raise TokenFormerError(f"convert: {source_format} to {target_format} is not offered; known: {known}")
     module, name = place.split(":")
-    convert: Callable[..., Converted] = getattr(import_module(module), name)
+    convert: Callable[..., Converted | ConvertedData] = getattr(import_module(module), name)
     if config is None:
         return convert
     if pair not in _WITH_CONFIG:

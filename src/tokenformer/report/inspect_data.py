@@ -77,12 +77,13 @@ def _tables(facts: dict[str, Any]) -> list[Table]:
             count(split["tokens"]),
             byte_size(split["utf8_bytes"]),
             byte_size(split["bytes_on_disk"]),
+            count(split["shards"]),
             f"{split['tokens_per_document']:.1f}",
             f"{split['utf8_bytes_per_token']:.2f}",
         )
         for name, split in facts["splits"].items()
     ]
-    columns = ("split", "documents", "tokens", "text", "on disk", "tokens/document", "bytes/token")
+    columns = ("split", "documents", "tokens", "text", "on disk", "shards", "tokens/document", "bytes/token")
     samples = [(s["split"], count(s["document"]), count(s["tokens"]), s["text"]) for s in facts["samples"]]
     return [
         Table(f"data directory: {facts['path']}", ("field", "value"), overview),
