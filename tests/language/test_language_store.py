@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import struct
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tokenformer.errors import TokenFormerError
+from tokenformer.language.byte_level import byte_tokenizer_definition
+from tokenformer.language.prepare import prepare
 from tokenformer.language.store import DTYPES, TokenStore, token_dtype
 from tokenformer.language.store_writer import TokenStoreWriter
 
@@ -70,6 +73,71 @@ def test_documents_of_several_sequences_are_read(tmp_path: Path) -> None:
     (tmp_path / "a.idx").write_bytes(index_by_hand(8, [3, 1, 5], [0, 2, 2, 3]))
     store = TokenStore(tmp_path / "a")
     assert [store.document(i).tolist() for i in range(3)] == [[5, 6, 256, 256], [], [1, 2, 3, 4, 256]]
+
+
+def test_modes_of_text_are_passed_over_and_others_refused(tmp_path: Path) -> None:
+    by_hand(tmp_path / "a", 8, DOCUMENTS)
+    index = (tmp_path / "a.idx").read_bytes()
+    (tmp_path / "a.idx").write_bytes(index + b"\0\0\0")
+    assert TokenStore(tmp_path / "a").document(2).tolist() == DOCUMENTS[2]
+    (tmp_path / "a.idx").write_bytes(index + b"\0\1\0")
+    with pytest.raises(TokenFormerError, match=r"a\.idx: sequence 1 has mode 1, expected 0 \(text\)"):
+        TokenStore(tmp_path / "a")
+    (tmp_path / "a.idx").write_bytes(index + b"\0\0")
+    with pytest.raises(TokenFormerError, match=r"a\.idx: too long"):
+        TokenStore(tmp_path / "a")
+
+
+def read_by_the_definition(prefix: Path) -> list[list[int]]:
+    """A reader of its own, of nothing but the format's definition."""
+    numpy_names = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
+    with Path(f"{prefix}.idx").open("rb") as file:
+        assert file.read(9) == b"MMIDIDX\x00\x00"
+        assert struct.unpack("<Q", file.read(8)) == (1,)
+        (code,) = struct.unpack("<B", file.read(1))
+        sequences, boundaries = struct.unpack("<QQ", file.read(16))
+        sizes = np.frombuffer(file.read(4 * sequences), "<i4")
+        pointers = np.frombuffer(file.read(8 * sequences), "<i8")
+        documents = np.frombuffer(file.read(8 * boundaries), "<i8")
+        assert file.read() == b""
+    content = Path(f"{prefix}.bin").read_bytes()
+    read = [
+        np.frombuffer(content, numpy_names[code], count=size, offset=pointer).tolist()
+        for size, pointer in zip(sizes, pointers, strict=True)
+    ]
+    return [list(chain(*read[first:last])) for first, last in pairwise(documents)]
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32])
+@given(documents=st.lists(st.lists(st.integers(0, 2**16 - 1), max_size=20), max_size=20))
+def test_what_is_written_is_read_by_the_definition(
+    tmp_path_factory: pytest.TempPathFactory, dtype: type, documents: list[list[int]]
+) -> None:
+    prefix = tmp_path_factory.mktemp("store") / "train"
+    write(prefix, documents, dtype)
+    assert read_by_the_definition(prefix) == documents
+
+
+@pytest.mark.parametrize(("vocabulary", "code"), [(65_408, 8), (65_536, 4), (151_936, 4)])
+def test_prepared_data_of_any_vocabulary_is_read_by_the_definition(
+    tmp_path: Path, vocabulary: int, code: int
+) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "zwei ü"}\n')
+    (tmp_path / "v.txt").write_text("held out")
+    definition = json.loads(byte_tokenizer_definition())
+    definition["model"]["vocab"] |= {f"unused{i}": i for i in range(256, vocabulary - 1)}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(definition))
+    data = prepare(
+        [tmp_path / "a.jsonl"],
+        tmp_path / "data",
+        tokenizer=tmp_path / "tokenizer.json",
+        validation=[tmp_path / "v.txt"],
+    )
+    end = data.tokenizer.eos_token_id
+    assert (data.info.vocab_size, end) == (vocabulary, vocabulary - 1)
+    assert (tmp_path / "data" / "train.idx").read_bytes()[17] == code
+    expected = [[*b"one", end], [*"zwei ü".encode(), end]]
+    assert read_by_the_definition(tmp_path / "data" / "train") == expected
 
 
 @given(st.lists(st.lists(st.integers(0, 2**16 - 1), max_size=20), max_size=20), st.data())

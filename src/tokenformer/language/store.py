@@ -4,7 +4,7 @@ Layout of ``.idx`` (little-endian), as Megatron-LM and GPT-NeoX read and write i
 
     magic b"MMIDIDX\\0\\0" | version u64 = 1 | dtype code u8 | sequences s u64 | document index length u64
     sizes in tokens int32 [s] | byte pointers into .bin int64 [s] | document index int64: the first
-    sequence of each document, then s
+    sequence of each document, then s | of multimodal data alone: the mode of each sequence, int8 [s]
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tokenformer.errors import TokenFormerError
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
-FLOATS = {6: "float64", 7: "float64"}
+FLOATS = {6: "float64", 7: "float32"}
 HEADER = struct.Struct("<9sQBQQ")
 
 
@@ -61,7 +61,9 @@ class TokenStore:
         pointers_end = sizes_end + 8 * sequences
         self._sizes = index[HEADER.size : sizes_end].view("<i4")
         pointers = index[sizes_end:pointers_end].view("<i8")
-        self._documents = index[pointers_end:].view("<i8")
+        documents_end = pointers_end + 8 * length
+        self._documents = index[pointers_end:documents_end].view("<i8")
+        _check_modes(index[documents_end:], index_path(prefix))
         self._check_index(pointers, length)
         self.num_tokens = int(self._sizes.sum(dtype=np.int64))
         self._starts = pointers
@@ -137,13 +139,22 @@ def _read_header(index: np.ndarray, path: Path) -> tuple[np.dtype, int, int]:
         known = ", ".join(f"{known} ({np.dtype(dtype)})" for known, dtype in DTYPES.items())
         raise TokenFormerError(f"{path}: dtype code {found}, expected an integer: {known}")
     expected = HEADER.size + 12 * sequences + 8 * documents
-    if len(index) != expected:
+    if len(index) not in (expected, expected + sequences):  # with the modes of the sequences
         state = "truncated or corrupt" if len(index) < expected else "too long"
         raise TokenFormerError(
             f"{path}: {state}: found {len(index)} bytes, expected {expected} "
             f"({sequences} sequences, document index of {documents})"
         )
     return np.dtype(DTYPES[code]).newbyteorder("<"), sequences, documents
+
+
+def _check_modes(modes: np.ndarray, path: Path) -> None:
+    """Refuse sequences that are not of mode 0, text: their ids are of something else."""
+    other = np.flatnonzero(modes)
+    if len(other):
+        raise TokenFormerError(
+            f"{path}: sequence {other[0]} has mode {int(modes[other[0]])}, expected 0 (text) for all of them"
+        )
 
 
 def _size(path: Path) -> int:
