@@ -170,6 +170,8 @@ def test_make_targets_exist() -> None:
 @pytest.mark.parametrize("code", blocks("python"))
 def test_the_python_works_as_written(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    sizes = {"vocab_size": 384, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    save_model(build_model(TransformerConfig(**sizes)), Path("models/150m"), tokenizer=ByteTokenizer())
     exec(compile(code, "README.md", "exec"), {})
 
 

@@ -42,7 +42,9 @@ def test_round_trip(any_model: LanguageModel, dtype: torch.dtype, tmp_path: Path
     assert sorted(path.name for path in (tmp_path / "model").iterdir()) == [
         "README.md",
         "config.json",
+        "configuration_tokenformer.py",
         "model.safetensors",
+        "modeling_tokenformer.py",
     ]
     loaded = load_model(tmp_path / "model")
     assert not loaded.training

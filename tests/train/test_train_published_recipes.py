@@ -116,3 +116,12 @@ def test_the_table_says_what_the_recipes_say() -> None:
             cells = [link, published, f"{config.num_parameters():,}", f"{without:,}", shape, tokens]
             expected.append([*cells, f"{stage.steps:,}"])
     assert found == expected
+
+
+def test_the_readme_names_every_recipe_and_count() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = text[text.index("## Published models") :].split("## More")[0]
+    for name, stages in EXPECTED.items():
+        assert f"`{name}`" in table or f"`-{name.rsplit('-', 1)[1]}`" in table, name
+        for _, parameters, _ in stages:
+            assert f"{parameters:,}" in table, (name, parameters)

@@ -48,8 +48,12 @@ def test_run_directory(finished_ladder: RunResult, ladder: RunConfig) -> None:
     assert sorted(path.name for path in finished_ladder.model.iterdir()) == [
         "README.md",
         "config.json",
+        "configuration_tokenformer.py",
+        "generation_config.json",
         "model.safetensors",
+        "modeling_tokenformer.py",
         "tokenizer.json",
+        "tokenizer_config.json",
     ]
     card = (finished_ladder.model / "README.md").read_text()
     for said in (

@@ -24,6 +24,7 @@ from tokenformer.language.byte_level import (
 )
 from tokenformer.language.pieces import LONG, groups, pieces
 from tokenformer.language.text_stream import ByteLevelStream, GenericStream, TextStream
+from tokenformer.models.hub import TOKENIZER_FILES, local_or_hub
 
 END_TOKENS = (END_OF_TEXT, "</s>", "<|end_of_text|>")
 """Where the end-of-document token is not named, the first of these that the vocabulary has."""
@@ -175,15 +176,15 @@ class ByteTokenizer(Tokenizer):
 
 
 def load_tokenizer(path: Path | str, *, eos_token: str | None = None) -> Tokenizer:
-    """Read a ``tokenizer.json``, or the one in a directory.
+    """Read a ``tokenizer.json``, or the one in a directory or (a string ``owner/name``) on the Hugging Face hub.
 
     The end-of-document token is ``eos_token``, or the one that a ``tokenizer_config.json`` beside the file
     names, or the first of ``END_TOKENS`` that the vocabulary has.
 
     Raises:
-        TokenFormerError: missing or invalid file, or no end-of-document token.
+        TokenFormerError: missing or invalid file, or no end-of-document token; the hub cannot be reached.
     """
-    path = Path(path)
+    path = local_or_hub(path, files=TOKENIZER_FILES)
     file = path / TOKENIZER_FILE if path.is_dir() else path
     definition = read_text(file, "a tokenizer (tokenizer.json)")
     named = eos_token or _named_end_token(file.parent / CONFIG_FILE)

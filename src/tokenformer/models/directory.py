@@ -1,4 +1,5 @@
-"""Model directories: ``config.json``, safetensors weights, ``tokenizer.json``, a model card. Never pickle."""
+"""Model directories: ``config.json``, safetensors weights, ``tokenizer.json``, a model card, and what transformers asks
+beside them. Never pickle."""
 
 from __future__ import annotations
 
@@ -6,7 +7,6 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,19 +17,19 @@ from tokenformer.files import new_directory, write_json, write_text
 from tokenformer.models.base import LanguageModel
 from tokenformer.models.card import model_card
 from tokenformer.models.config import DecoderConfig
+from tokenformer.models.hub import local_or_hub
 from tokenformer.models.paths import weight_files
 from tokenformer.models.registry import load_config, model_class
+from tokenformer.models.transformers_files import (
+    Tokenizer,
+    auto_map,
+    write_auto_files,
+    write_tokenizer_files,
+)
 
 MAX_SHARD_SIZE = "5GB"
 _SHOWN = 6  # names listed in an error
 Shapes = dict[str, tuple[int, ...]]
-
-
-class Tokenizer(Protocol):
-    """What a model directory needs of a tokenizer."""
-
-    def save(self, directory: Path) -> object:
-        """Write ``tokenizer.json`` into ``directory``."""
 
 
 def save_model(
@@ -64,12 +64,15 @@ def save_model(
     if isinstance(tokenizer, Path) and not tokenizer.is_file():
         raise TokenFormerError(f"{tokenizer}: no such file; expected a tokenizer.json")
     with new_directory(directory, replace=replace) as scratch:
-        write_json(scratch / "config.json", model.config.to_json())
+        model_type = model.config.architecture
+        found_by = {"auto_map": auto_map(model_type)} if auto_map(model_type) else {}
+        write_json(scratch / "config.json", model.config.to_json() | found_by)
+        write_auto_files(model_type, scratch)
         save_weights(model.state_dict(), scratch, max_shard_size=max_shard_size)
         if isinstance(tokenizer, Path):
             shutil.copyfile(tokenizer, scratch / "tokenizer.json")
         elif tokenizer is not None:
-            tokenizer.save(scratch)
+            write_tokenizer_files(model.config, tokenizer, scratch)
         write_text(scratch / "README.md", card or model_card(model.config))
     return directory
 
@@ -96,21 +99,27 @@ def save_weights(
 
 
 def load_model(
-    directory: Path | str, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    directory: Path | str,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    revision: str | None = None,
 ) -> LanguageModel:
     """Read a model directory, in evaluation mode.
 
     Args:
-        directory: as :func:`save_model` writes it.
+        directory: as :func:`save_model` writes it; or, as a string, ``owner/name`` on the Hugging Face hub.
         device: where the weights go.
         dtype: what they are converted to; as stored by default.
+        revision: on the hub, a branch, tag or commit.
 
     Raises:
         TokenFormerError: missing or corrupt files; tensors missing, unexpected, of another shape than
-            ``config.json`` says or not of a floating-point dtype; a device that cannot be used.
+            ``config.json`` says or not of a floating-point dtype; a device that cannot be used; the hub cannot be
+            reached or has no such model.
     """
-    directory = Path(directory)
     _require_device(device)
+    directory = local_or_hub(directory, revision=revision)
     model = _without_weights(load_config(directory))
     model.load_state_dict(_read_weights(directory, _shapes(model), device, dtype), assign=True)
     return model.eval()

@@ -38,8 +38,11 @@ _HUGGING_FACE_FIELDS = (
     "model_type",
     "architectures",
     "auto_map",
-    "torch_dtype",
+    "bos_token_id",
     "dtype",
+    "eos_token_id",
+    "pad_token_id",
+    "torch_dtype",
     "transformers_version",
 )
 

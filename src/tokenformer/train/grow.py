@@ -96,12 +96,11 @@ def _grow_model_directory(
         "parameters before": model.config.num_parameters(),
         "largest change of a logit": f"{report.logit_change:.2g} of their spread, on {measured_on}",
     }
-    tokenizer = directory / "tokenizer.json"
     save_model(
         larger,
         out,
         card=model_card(larger.config, {"Growth": facts}),
-        tokenizer=tokenizer if tokenizer.is_file() else None,
+        tokenizer=load_tokenizer(directory) if (directory / "tokenizer.json").is_file() else None,
     )
     return report
 
