@@ -1,4 +1,4 @@
-"""The one error type that the command line turns into a message."""
+"""The error types that the command line turns into a message."""
 
 
 class TokenFormerError(Exception):
@@ -7,3 +7,7 @@ class TokenFormerError(Exception):
     The message names the field or file, what was found and what was expected. The command line prints it
     and exits with code 2; a traceback is shown only with ``--debug``.
     """
+
+
+class ToldElsewhere(TokenFormerError):
+    """One of several processes has told the user what is wrong; this one ends with exit code 2 and without a word."""

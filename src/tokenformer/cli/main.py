@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from tokenformer.errors import TokenFormerError
+from tokenformer.errors import TokenFormerError, ToldElsewhere
 
 app = typer.Typer(
     name="tokenformer",
@@ -56,6 +56,8 @@ def main() -> None:
         message = _explain(error)
         if debug or message is None:
             raise
+        if isinstance(error, ToldElsewhere):
+            sys.exit(2)
         console = Console(stderr=True, highlight=False, soft_wrap=True)
         console.print("error:", style="bold red", end=" ")
         console.print(message, markup=False)

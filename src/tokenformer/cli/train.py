@@ -47,6 +47,7 @@ def train(
     at the end of each stage; report.html with its figures at the end of the run. Ctrl-C ends a run after a
     checkpoint; --resume goes on from there, exactly.
     """
+    from tokenformer.parallel.launch import find_launch
     from tokenformer.train.config import load_run_config
 
     config = load_run_config(recipe, overrides or [])
@@ -57,9 +58,11 @@ def train(
     try:
         result = train_model(config, out or Path("runs") / recipe.stem, resume=resume, quiet=quiet)
     except RunInterrupted as interruption:
-        typer.echo(str(interruption), err=True)
+        if find_launch().rank == 0:
+            typer.echo(str(interruption), err=True)
         raise typer.Exit(128 + interruption.signal_number) from None
-    _report(result.out, quiet)
+    if find_launch().rank == 0:
+        _report(result.out, quiet)
 
 
 def _report(run: Path, quiet: bool) -> None:

@@ -135,6 +135,10 @@ class ValidationWindows:
     def __len__(self) -> int:
         return -(-self.num_targets // self._length)
 
+    def empty(self) -> Window:
+        """A window without targets."""
+        return Window(np.zeros(self._length, np.int64), np.full(self._length, IGNORED, np.int64))
+
     def __getitem__(self, index: int) -> Window:
         """Window ``index``."""
         if not 0 <= index < len(self):
@@ -142,7 +146,7 @@ class ValidationWindows:
         start = index * self._length
         stop = min(start + self._length, self.num_targets)
         tokens = self._store.tokens(start, stop + 1).astype(np.int64)
-        window = Window(np.zeros(self._length, np.int64), np.full(self._length, IGNORED, np.int64))
+        window = self.empty()
         window.inputs[: stop - start] = tokens[:-1]
         window.targets[: stop - start] = tokens[1:]
         return window

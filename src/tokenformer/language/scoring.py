@@ -15,6 +15,7 @@ from tokenformer.language.data_directory import DataDirectory
 from tokenformer.language.loss import Batch, loss_sum
 from tokenformer.language.pipeline import ValidationWindows
 from tokenformer.models.base import LanguageModel
+from tokenformer.parallel.share import WHOLE, Share
 from tokenformer.progress import progress_bar
 
 _COUNTED_AT_ONCE = 2**20
@@ -61,12 +62,14 @@ def score(
     split: str = "validation",
     max_tokens: int | None = None,
     progress: str | None = None,
+    share: Share = WHOLE,
 ) -> Evaluation:
     """Score every token of ``split`` but the first, or the first ``max_tokens`` of these.
 
     The text is taken in windows of ``sequence_length`` tokens, each predicted from those before it in its
     window and one; the result does not depend on ``batch_size`` (windows at a time). The model is evaluated
-    as it is on ``device`` and left in the mode it was in. ``progress`` is the title of a progress bar.
+    as it is on ``device`` and left in the mode it was in. ``progress`` is the title of a progress bar. Of several
+    ranks each does its ``share`` of the batches, and all get the whole result.
 
     Raises:
         TokenFormerError: there is no such split, or it holds fewer than two tokens.
@@ -77,18 +80,23 @@ def score(
     shown = progress_bar(progress, windows.num_targets, "tokens") if progress else nullcontext()
     with _evaluation_mode(model), torch.no_grad(), shown as bar:
         left = windows.num_targets
-        for batch in _batches(windows, batch_size, torch.device(device)):
+        for batch in _batches(windows, batch_size, torch.device(device), share):
             nats.append(loss_sum(model, batch).nats.detach())
             if bar is not None:
                 bar.advance(min(batch.targets.numel(), left))
                 left -= batch.targets.numel()
-        total = torch.stack(nats).cpu().double().sum().item()
+        total = share.add_up(torch.stack(nats).cpu().double().sum().item())
     return Evaluation(total, windows.num_targets, _scored_bytes(data, split, windows.num_targets))
 
 
-def _batches(windows: ValidationWindows, batch_size: int, device: torch.device) -> Iterator[Batch]:
-    for start in range(0, len(windows), batch_size):
+def _batches(
+    windows: ValidationWindows, batch_size: int, device: torch.device, share: Share
+) -> Iterator[Batch]:
+    """Every ``share.ranks``-th batch; all ranks get as many, the last ones may be without targets."""
+    for first in range(0, len(windows), batch_size * share.ranks):
+        start = first + share.rank * batch_size
         chosen = [windows[index] for index in range(start, min(start + batch_size, len(windows)))]
+        chosen = chosen or [windows.empty()]
         inputs, targets = (torch.from_numpy(np.stack(part)) for part in zip(*chosen, strict=True))
         yield Batch(inputs.to(device), targets.to(device))
 

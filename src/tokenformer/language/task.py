@@ -14,6 +14,7 @@ from tokenformer.language.pipeline import IGNORED, TrainingWindows
 from tokenformer.language.scoring import Evaluation, score
 from tokenformer.models.base import LanguageModel
 from tokenformer.models.config import DecoderConfig
+from tokenformer.parallel.share import WHOLE, Share
 
 _EVALUATED_TOKENS = 16384
 """Tokens in one evaluated batch, where the caller does not say."""
@@ -65,10 +66,15 @@ class LanguageModelingTask:
         device: torch.device | str,
         max_tokens: int | None = None,
         batch_size: int | None = None,
+        share: Share = WHOLE,
     ) -> dict[str, float]:
         """``loss``, ``perplexity`` and ``bits_per_byte`` over validation, at most ``max_tokens`` targets;
-        ``batch_size`` windows at a time, which does not change the result."""
-        return self.score(model, device=device, max_tokens=max_tokens, batch_size=batch_size).metrics()
+        ``batch_size`` windows at a time, which does not change the result. Of several ranks each does its
+        ``share``, and all get the whole result."""
+        evaluation = self.score(
+            model, device=device, max_tokens=max_tokens, batch_size=batch_size, share=share
+        )
+        return evaluation.metrics()
 
     def score(
         self,
@@ -79,6 +85,7 @@ class LanguageModelingTask:
         max_tokens: int | None = None,
         split: str = "validation",
         progress: str | None = None,
+        share: Share = WHOLE,
     ) -> Evaluation:
         """:func:`~tokenformer.language.scoring.score` of a split at this task's sequence length."""
         return score(
@@ -90,4 +97,5 @@ class LanguageModelingTask:
             split=split,
             max_tokens=max_tokens,
             progress=progress,
+            share=share,
         )

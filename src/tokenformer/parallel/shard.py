@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -20,54 +19,55 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tokenformer.models.base import LanguageModel
 from tokenformer.models.registry import model_class
-from tokenformer.parallel.tensor import split_layers
-
-Model = TypeVar("Model", bound=LanguageModel)
+from tokenformer.parallel.world import World
 
 
-def parallelize(
-    model: Model, mesh: DeviceMesh, *, compute_dtype: torch.dtype, reshard_after_forward: bool = True
-) -> Model:
-    """``model`` spread over ``mesh`` (axes ``replicate``, ``shard``, ``tensor``), in place.
+def shard_blocks(
+    model: LanguageModel, mesh: DeviceMesh, *, compute_dtype: torch.dtype, reshard_after_forward: bool = True
+) -> None:
+    """FSDP2 over the axes ``replicate`` and ``shard`` of ``mesh``, in place; nothing where both have one rank.
 
-    Tensor parallelism first, then FSDP2 over the data axes where they have more than one rank: each block is a unit,
-    embedding, final norm and head are another, which stays whole from the first use to the end of the backward,
-    so that a loss may use ``model.head.weight`` after ``model.hidden``.
+    Each block is a unit. Embedding, final norm and head are another, which stays whole from the first use to the end of
+    the backward, so that a loss may use ``model.head.weight`` after ``model.hidden``. The gradients of the parameters,
+    which become DTensors, are *sums* over the data axes.
 
     Args:
-        model: the same weights on all ranks; float32.
-        mesh: of :func:`~tokenformer.parallel.ranks.join`.
+        model: the same weights on all ranks, float32, on any device; may be split over ``tensor`` before.
+        mesh: of :func:`~tokenformer.parallel.world.joined`.
         compute_dtype: of autocast in the forward. With bfloat16 the blocks' weights are gathered in bfloat16, which
             autocast would turn them into anyway; gradients are summed in float32 in any case.
         reshard_after_forward: whether a block's gathered weights are dropped between forward and backward (ZeRO-3)
             or kept (as ZeRO-2).
-
-    Returns:
-        ``model``; the gradients of its parameters are *sums* over the data axes.
     """
-    if mesh["tensor"].size() > 1:
-        split_layers(model, mesh["tensor"])
     data = mesh["shard"] if mesh["replicate"].size() == 1 else mesh["replicate", "shard"]
-    if data.size() > 1:
-        # activations keep their dtype: autocast decides, as on one device
-        weights = torch.bfloat16 if compute_dtype == torch.bfloat16 else None
-        policy = MixedPrecisionPolicy(
-            param_dtype=weights, reduce_dtype=torch.float32, cast_forward_inputs=False
-        )
-        for block in model.blocks:
-            fully_shard(block, mesh=data, reshard_after_forward=reshard_after_forward, mp_policy=policy)
-        outer = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
-        fully_shard(model, mesh=data, reshard_after_forward=False, mp_policy=outer)
-        register_fsdp_forward_method(model, "hidden")
-        for module in sharded_modules(model):
-            module.set_force_sum_reduction_for_comms(True)
-            module.set_gradient_divide_factor(1.0)
-    return model
+    if data.size() == 1:
+        return
+    # activations keep their dtype: autocast decides, as on one device
+    weights = torch.bfloat16 if compute_dtype == torch.bfloat16 else None
+    policy = MixedPrecisionPolicy(param_dtype=weights, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in model.blocks:
+        fully_shard(block, mesh=data, reshard_after_forward=reshard_after_forward, mp_policy=policy)
+    outer = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+    fully_shard(model, mesh=data, reshard_after_forward=False, mp_policy=outer)
+    register_fsdp_forward_method(model, "hidden")
+    for module in sharded_modules(model):
+        module.set_force_sum_reduction_for_comms(True)
+        module.set_gradient_divide_factor(1.0)
 
 
 def sharded_modules(model: LanguageModel) -> list[FSDPModule]:
     """The units of FSDP in ``model``; none where it is whole, or split by tensor parallelism alone."""
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def synchronize_gradients(model: LanguageModel, world: World, *, last: bool) -> None:
+    """Say whether the next backward is the ``last`` of a step, so that gradients are summed over the ranks no more
+    often than memory asks for: where weights are sharded and dropped after use, whole gradients are not kept either."""
+    for module in sharded_modules(model)[:1]:  # the model itself; the setting is handed on to the blocks
+        if world.sizes.shard == 1:
+            module.set_requires_gradient_sync(last)
+        else:
+            module.set_requires_all_reduce(last)
 
 
 def drop_gathered(model: LanguageModel) -> None:

@@ -36,6 +36,10 @@ class MeshSizes(NamedTuple):
         return math.prod(self)
 
 
+ALONE = MeshSizes()
+"""One process."""
+
+
 def mesh_sizes(replicate: int, shard: int, tensor: int, world_size: int) -> MeshSizes:
     """The sizes with the -1 among them (at most one) filled up to ``world_size``.
 

@@ -25,10 +25,12 @@ from tokenformer.parallel.collectives import largest_of_ranks, sum_of_shares, to
 
 def split_layers(module: nn.Module, mesh: DeviceMesh) -> None:
     """Split every Pattention, attention of linear layers and MLP inside ``module`` over the one-dimensional ``mesh``,
-    in place; embeddings, norms and heads stay whole on every rank.
+    in place; embeddings, norms and heads stay whole on every rank. A mesh of one rank changes nothing.
 
     All ranks must hold the same weights. Their parameters become DTensors, sharded over parameter tokens or features.
     """
+    if mesh.size() == 1:
+        return
     for layer in list(module.modules()):
         if isinstance(layer, Pattention):
             _split_tokens(layer, mesh)

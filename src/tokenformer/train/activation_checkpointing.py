@@ -35,4 +35,4 @@ def apply_activation_checkpointing(model: LanguageModel, config: ActivationCheck
         if index in recomputed:
             # no block draws random numbers, so there is no generator to set back
             again = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
-            block.forward = again  # type: ignore[method-assign]
+            block.forward = again

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 
 from tokenformer.errors import TokenFormerError
+from tokenformer.parallel.launch import Launch
 from tokenformer.train.sections import ParallelConfig, PrecisionConfig
 
 
@@ -40,6 +41,24 @@ def find_device(name: str = "auto") -> torch.device:
     if device.type not in ("cpu", "mps"):
         raise TokenFormerError(f"device: found '{name}', expected auto, cpu, cuda, cuda:N or mps")
     return device
+
+
+def rank_device(name: str, launch: Launch) -> torch.device:
+    """The device called ``name`` for one process of ``launch``: of several, each takes the CUDA device of its
+    local rank, or all the CPU.
+
+    Raises:
+        TokenFormerError: the device is not there, or cannot be shared out.
+    """
+    if launch.world_size == 1:
+        return find_device(name)
+    if name not in ("auto", "cpu", "cuda"):
+        raise TokenFormerError(
+            f"parallel.device: found '{name}' with {launch.world_size} processes, expected auto, cpu or cuda"
+        )
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    return find_device(f"cuda:{launch.local_rank}")
 
 
 def require_memory(needed: int, device: torch.device, what: str) -> None:

@@ -7,6 +7,7 @@ from contextlib import closing
 
 import torch
 
+from tokenformer.parallel.shard import drop_gathered
 from tokenformer.progress import ProgressBar
 from tokenformer.train.clock import TrainingClock
 from tokenformer.train.config import StageConfig
@@ -61,10 +62,13 @@ class StageLoop:
         """
         data = self.stage.data
         first_step = self.state.stage_step
+        share = self.step.world.share
         micro_batches = MicroBatches(
             self.state.next_sample,
             data.sequences_per_step,
             data.sequences_per_forward,
+            share.rank,
+            share.ranks,
             sizes=data.batch_sizes,
             first_step=first_step,
         )
@@ -138,7 +142,10 @@ class StageLoop:
     def _evaluate(self) -> None:
         model, config = self.step.model, self.stage.evaluation
         with torch.no_grad(), autocast(self.step.dtype, self.step.device):
-            values = self.step.task.evaluate(model, self.step.device, config.max_tokens, config.batch_size)
+            values = self.step.task.evaluate(
+                model, self.step.device, config.max_tokens, config.batch_size, self.step.world.share
+            )
+        drop_gathered(model)
         model.train()
         self._metrics.write(self.state, {f"val_{name}": value for name, value in values.items()})
         found = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in values.items())

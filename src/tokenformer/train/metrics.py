@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from tokenformer.errors import TokenFormerError
 from tokenformer.files import read_text, write_text
@@ -62,16 +62,21 @@ def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
 class MetricsLog:
     """Appends metrics; on going on from a checkpoint, lines written after it are dropped first.
 
-    ``latest`` holds the newest value of every metric.
+    ``latest`` holds the newest value of every metric. With ``silent`` (all ranks but the first) nothing is written.
     """
 
-    def __init__(self, run: Path, *, tensorboard: bool, after: TrainingState | None = None) -> None:
+    def __init__(
+        self, run: Path, *, tensorboard: bool, after: TrainingState | None = None, silent: bool = False
+    ) -> None:
         self.path = run / METRICS_FILE
         self.latest: dict[str, Any] = {}
+        self._file: TextIO | None = None
+        self._events: TensorBoardEvents | None = None
+        if silent:
+            return
         if after is not None and self.path.exists():
             self._drop_later_than(run, after)
         self._file = self.path.open("a", encoding="utf-8")
-        self._events: TensorBoardEvents | None = None
         if tensorboard:
             from tokenformer.train.tensorboard import TensorBoardEvents
 
@@ -84,6 +89,9 @@ class MetricsLog:
         Raises:
             TokenFormerError: the disk refuses.
         """
+        self.latest.update(values)
+        if self._file is None:
+            return
         try:
             self._file.write(json.dumps({**state.counters(), **_finite(values)}) + "\n")
             self._file.flush()
@@ -91,7 +99,6 @@ class MetricsLog:
             raise TokenFormerError(
                 f"{self.path}: could not be written ({error.strerror or error})"
             ) from error
-        self.latest.update(values)
         if self._events is not None:
             self._events.write(state.step, values)
 
@@ -108,6 +115,7 @@ class MetricsLog:
     ) -> None:
         # what ended the block says more than a full disk that cannot take the last events either
         with nullcontext() if error is None else suppress(OSError, TokenFormerError):
-            self._file.close()
+            if self._file is not None:
+                self._file.close()
             if self._events is not None:
                 self._events.close()

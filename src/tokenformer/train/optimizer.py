@@ -8,9 +8,11 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from tokenformer.errors import TokenFormerError
 from tokenformer.models.base import LanguageModel
+from tokenformer.parallel.shard import spread_like
 from tokenformer.train.muon import Muon
 from tokenformer.train.sections import OptimizerConfig
 from tokenformer.validation import nearest
@@ -72,7 +74,7 @@ def build_optimizer(model: LanguageModel, config: OptimizerConfig) -> torch.opti
     Raises:
         TokenFormerError: everything is frozen.
     """
-    groups: defaultdict[tuple[str, float, float], list[nn.Parameter]] = defaultdict(list)
+    groups: defaultdict[tuple[str, float, float, object], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in model.named_parameters():
         role, group = model.role_of(name), growth_group(name)
         frozen = role in config.frozen_roles or group in config.frozen_groups
@@ -85,12 +87,15 @@ def build_optimizer(model: LanguageModel, config: OptimizerConfig) -> torch.opti
         by_muon = config.name == "muon" and parameter.ndim == 2 and role not in _NO_MATRICES
         if config.name == "muon" and not by_muon:
             multiplier *= (config.adamw_lr or config.lr) / config.lr
-        groups["muon" if by_muon else "adamw", decay, multiplier].append(parameter)
+        mesh = (
+            parameter.device_mesh if isinstance(parameter, DTensor) else None
+        )  # fused kernels take one at a time
+        groups["muon" if by_muon else "adamw", decay, multiplier, mesh].append(parameter)
     if not groups:
         raise TokenFormerError("optimizer: frozen_groups and frozen_roles leave nothing to train")
     described = [
         {"params": parameters, "algorithm": algorithm, "weight_decay": decay, "lr_multiplier": multiplier}
-        for (algorithm, decay, multiplier), parameters in groups.items()
+        for (algorithm, decay, multiplier, _), parameters in groups.items()
     ]
     if config.name == "adamw":
         return torch.optim.AdamW(described, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
@@ -157,6 +162,8 @@ def load_named_state(
                 )
         optimizer.state[parameter] = {
             key: entry[key].detach().to(device=parameter.device, dtype=torch.float32, copy=True)
+            if key == "step"
+            else spread_like(entry[key], parameter)
             for key in keys
         }
 

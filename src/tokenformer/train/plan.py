@@ -14,10 +14,11 @@ from tokenformer.language.tokenizers import Tokenizer, load_tokenizer
 from tokenformer.models.base import LanguageModel
 from tokenformer.models.config import DecoderConfig
 from tokenformer.models.registry import load_config
+from tokenformer.parallel.sizes import ALONE, MeshSizes, check_tensor_split
 from tokenformer.progress import short_number
 from tokenformer.train.checkpoint.ranks import Ranks
 from tokenformer.train.config import RunConfig, StageConfig
-from tokenformer.train.device import compute_dtype, find_device, require_memory
+from tokenformer.train.device import compute_dtype, require_memory
 from tokenformer.train.ladder import model_configs, num_growth_groups
 from tokenformer.train.optimizer import check_roles_and_groups
 from tokenformer.train.sections import DataConfig
@@ -54,16 +55,23 @@ class RunPlan:
         return self.tasks[-1].data.tokenizer
 
 
-def make_plan(config: RunConfig, out: Path, *, resume: bool, ranks: Ranks | None = None) -> RunPlan:
-    """Check a run without building its model; nothing is written. The first of ``ranks`` looks for the checkpoint to
-    go on from.
+def make_plan(
+    config: RunConfig,
+    out: Path,
+    device: torch.device,
+    *,
+    resume: bool,
+    sizes: MeshSizes = ALONE,
+    ranks: Ranks | None = None,
+) -> RunPlan:
+    """Check a run on ``device``, or on a mesh of such, without building its model; nothing is written. The first of
+    ``ranks`` looks for the checkpoint to go on from.
 
     Raises:
         TokenFormerError: whatever would stop the run later: an unreachable device, an output that holds something
             else, another configuration than the checkpoint's, unusable data, another tokenizer, sizes that cannot be.
     """
     stages = config.resolve()
-    device = find_device(config.parallel.device)
     for stage in stages:
         compute_dtype(stage.precision, device)
     resume_from, damaged = (ranks or Ranks()).first(partial(find_resume_point, out, config, resume=resume))
@@ -75,8 +83,11 @@ def make_plan(config: RunConfig, out: Path, *, resume: bool, ranks: Ranks | None
     models = model_configs(initial, stages, first=first)
     for model in models:
         parameters = model.num_parameters()
+        check_tensor_split(model, sizes.tensor)
         require_memory(
-            _TRAINING_BYTES * parameters, device, f"model: training {short_number(parameters)} parameters"
+            _TRAINING_BYTES * parameters // (sizes.shard * sizes.tensor),
+            device,
+            f"model: training {short_number(parameters)} parameters",
         )
     tasks = _open_tasks([stage.data for stage in stages])
     tokenizer = initial_tokenizer(config) if resume_from is None else load_tokenizer(resume_from)

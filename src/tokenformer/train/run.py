@@ -17,8 +17,10 @@ from tokenformer.models.base import LanguageModel
 from tokenformer.models.card import model_card
 from tokenformer.models.config import DecoderConfig
 from tokenformer.models.registry import load_config
+from tokenformer.parallel.launch import find_launch
+from tokenformer.parallel.sizes import mesh_sizes
+from tokenformer.parallel.world import World, joined, meet
 from tokenformer.progress import progress_bar, short_number
-from tokenformer.train.activation_checkpointing import apply_activation_checkpointing
 from tokenformer.train.card import training_facts
 from tokenformer.train.checkpoint.contents import TrainingCheckpoint
 from tokenformer.train.checkpoint.export import Export, export_model, is_exported
@@ -27,12 +29,13 @@ from tokenformer.train.checkpoint.ranks import Ranks, all_ranks, greatest_of_all
 from tokenformer.train.checkpoint.rng import restore_rng, rng_state
 from tokenformer.train.checkpoint.writer import CheckpointWriter, writes_in_background
 from tokenformer.train.config import CONFIG_FILE, RunConfig, StageConfig
-from tokenformer.train.device import process_settings, wants_compile
+from tokenformer.train.device import process_settings, rank_device
 from tokenformer.train.interrupts import RunInterrupted, StopRequest, stop_requests
 from tokenformer.train.lock import run_lock
 from tokenformer.train.loop import StageLoop
 from tokenformer.train.metrics import METRICS_FILE, MetricsLog, latest_values, read_metrics
 from tokenformer.train.optimizer import Moments, load_named_state, named_state
+from tokenformer.train.placement import Placement
 from tokenformer.train.plan import RunPlan, check_optimizers, make_plan
 from tokenformer.train.rung import grow_for_stage
 from tokenformer.train.start import RunStart, begin, go_on
@@ -62,14 +65,31 @@ def train(config: RunConfig, out: Path | str, *, resume: bool = False, quiet: bo
         TokenFormerError: anything the user can put right; nothing is written for what is found before the start.
         RunInterrupted: (a ``KeyboardInterrupt``) SIGINT, SIGTERM or SIGUSR1 came; the checkpoint is written.
     """
-    ranks = all_ranks()
-    with ExitStack() as stack:
-        ranks.first(lambda: stack.enter_context(run_lock(Path(out))))
-        return _train(config, Path(out), ranks, resume=resume, quiet=quiet)
+    launch, parallel = find_launch(), config.parallel
+    with meet(launch, parallel.timeout_seconds) as store:
+        sizes = mesh_sizes(parallel.replicate, parallel.shard, parallel.tensor, launch.world_size)
+        device = rank_device(parallel.device, launch)
+        with (
+            joined(launch, store, sizes, device, parallel.timeout_seconds) as world,
+            ExitStack() as stack,
+        ):
+            ranks = all_ranks()
+            ranks.first(lambda: stack.enter_context(run_lock(Path(out))))
+            return _train(config, Path(out), device, world, ranks, resume=resume, quiet=quiet)
 
 
-def _train(config: RunConfig, out: Path, ranks: Ranks, *, resume: bool, quiet: bool) -> RunResult:
-    plan = make_plan(config, out, resume=resume, ranks=ranks)
+def _train(
+    config: RunConfig,
+    out: Path,
+    device: torch.device,
+    world: World,
+    ranks: Ranks,
+    *,
+    resume: bool,
+    quiet: bool,
+) -> RunResult:
+    plan = make_plan(config, out, device, resume=resume, sizes=world.sizes, ranks=ranks)
+    quiet = quiet or not world.is_first
     deterministic = any(stage.precision.deterministic for stage in plan.stages)
     cuda = [plan.device] if plan.device.type == "cuda" else []
     with (
@@ -78,14 +98,24 @@ def _train(config: RunConfig, out: Path, ranks: Ranks, *, resume: bool, quiet: b
         stop_requests(greatest_of_all_ranks()) as request,
     ):
         say: Callable[[str], None] = (lambda text: None) if quiet else partial(print, flush=True)
-        return _Run(plan, request, ranks, say, quiet).execute()
+        return _Run(plan, request, world, ranks, say, quiet).execute()
 
 
 class _Run:
     def __init__(
-        self, plan: RunPlan, request: StopRequest, ranks: Ranks, say: Callable[[str], None], quiet: bool
+        self,
+        plan: RunPlan,
+        request: StopRequest,
+        world: World,
+        ranks: Ranks,
+        say: Callable[[str], None],
+        quiet: bool,
     ) -> None:
         self.plan = plan
+        self.world = world
+        self.placement = Placement(
+            plan.device, world, reshard_after_forward=plan.config.parallel.reshard_after_forward
+        )
         self.request = request
         self.ranks = ranks
         self.say = say
@@ -105,6 +135,7 @@ class _Run:
             plan.out,
             tensorboard=plan.stages[0].logging.tensorboard,
             after=start.state if plan.resume_from is not None else None,
+            silent=not self.world.is_first,
         ) as metrics:
             self._announce(start)
             try:
@@ -117,11 +148,15 @@ class _Run:
         """What is left of a finished run: the export, if the run was stopped just before it."""
         self.say(f"{self.plan.out}: this run is finished (step {state.step}); nothing is left to do")
         latest = latest_values(read_metrics(self.plan.out))
+        self.ranks.first(partial(self._export_if_missing, state, latest))
+        return self._result(state, latest)
+
+    def _export_if_missing(self, state: TrainingState, latest: Mapping[str, Any]) -> None:
         checkpoint = checkpoint_path(self.plan.out, state.step)
         if not is_exported(checkpoint, self.plan.out):
-            export = Export(checkpoint, self._card(load_config(checkpoint), state, latest))
-            self.ranks.first(partial(export_model, export, self.plan.out))
-        return self._result(state, latest)
+            export_model(
+                Export(checkpoint, self._card(load_config(checkpoint), state, latest)), self.plan.out
+            )
 
     def _open_run_directory(self) -> None:
         out = self.plan.out
@@ -139,7 +174,7 @@ class _Run:
     def _climb(self, start: RunStart, metrics: MetricsLog) -> RunResult:
         torch.manual_seed(self.plan.config.seed)
         restore_rng(start.rng, self.plan.device)
-        model, moments, state = start.model.to(self.plan.device), start.moments, start.state
+        model, moments, state = start.model, start.moments, start.state
         for index in range(state.stage, len(self.plan.stages)):
             state = self._enter(index, state)
             if state.stage_step == self.plan.stages[index].steps:
@@ -163,19 +198,16 @@ class _Run:
     def _run_stage(
         self, index: int, model: LanguageModel, moments: Moments, state: TrainingState, metrics: MetricsLog
     ) -> tuple[LanguageModel, Moments, TrainingState]:
-        stage, task, device = self.plan.stages[index], self.plan.tasks[index], self.plan.device
+        stage, task = self.plan.stages[index], self.plan.tasks[index]
         if stage.grow is not None and state.stage_step == 0:
-            rung = grow_for_stage(model, moments, stage, task, state, self.plan.config.seed, device)
+            rung = grow_for_stage(model, moments, stage, task, state, self.plan.config.seed, self.placement)
             self.say(f"{stage.name}: {rung.describe()}")
             metrics.write(state, {"parameters": rung.parameters, "logit_change": rung.logit_change})
             model, moments = rung.model, rung.moments
-        model.train()
-        apply_activation_checkpointing(model, stage.activation_checkpointing)
-        if wants_compile(stage.precision, device):
-            torch.compiler.reset()  # each stage has its own shapes; old ones would use up the recompile limit
-            for block in model.blocks:
-                block.compile(dynamic=False)
-        step = TrainStep(model, task, stage, device, state)
+        else:
+            model, moments = self.placement.gather(model, moments)
+            model = self.placement.place(model, stage)
+        step = TrainStep(model, task, stage, self.plan.device, state, self.world)
         load_named_state(model, step.optimizer, moments)
         loop = StageLoop(
             step,
@@ -244,5 +276,12 @@ class _Run:
         opening = "goes on" if self.plan.resume_from is not None else "starts"
         self.say(
             f"{self.plan.out}: {opening} at step {state.step} with {model.config.class_name}, {parameters} parameters, "
-            f"on {self.plan.device}"
+            f"on {self.plan.device}{self._describe_ranks()}"
         )
+
+    def _describe_ranks(self) -> str:
+        sizes = self.world.sizes
+        if sizes.world == 1:
+            return ""
+        axes = ", ".join(f"{axis} {size}" for axis, size in sizes._asdict().items())
+        return f" and {sizes.world - 1} more ({axes})"

@@ -11,10 +11,12 @@ from tokenformer.growth.grow import grow_model
 from tokenformer.growth.measure import logit_change
 from tokenformer.language.task import LanguageModelingTask
 from tokenformer.models.base import LanguageModel
+from tokenformer.parallel.shard import drop_gathered
 from tokenformer.progress import short_number
 from tokenformer.train.config import StageConfig
 from tokenformer.train.micro_batches import MicroBatches
 from tokenformer.train.optimizer import Moments
+from tokenformer.train.placement import Placement
 from tokenformer.train.state import TrainingState
 from tokenformer.train.step import to_device
 
@@ -47,9 +49,9 @@ def grow_for_stage(
     task: LanguageModelingTask,
     state: TrainingState,
     seed: int,
-    device: torch.device,
+    placement: Placement,
 ) -> Rung:
-    """Grow ``model`` as ``stage.grow`` says, on its device; new tokens are drawn from ``seed`` and the stage.
+    """Grow ``model`` as ``stage.grow`` says, and place it; new tokens are drawn from ``seed`` and the stage.
 
     Raises:
         TokenFormerError: the model cannot grow that way.
@@ -57,18 +59,22 @@ def grow_for_stage(
     assert stage.grow is not None
     model.zero_grad(set_to_none=True)
     model.requires_grad_(True)  # what the former stage froze is its own affair
-    grown = grow_model(model, stage.grow, seed=seed + state.stage, step=state.step)
+    former, moments = placement.gather(model, moments)
+    former_parameters = model.config.num_parameters()
+    grown = grow_model(former, stage.grow, seed=seed + state.stage, step=state.step)
+    before, larger = placement.placed(model, stage), placement.place(grown.model, stage)
     sequences = min(_MEASURED_SEQUENCES, stage.data.sequences_per_forward)
     first = MicroBatches(state.next_sample, sequences, sequences)
     with closing(task.batches(first)) as batches:  # type: ignore[type-var]
-        batch = to_device(next(batches), device)
+        batch = to_device(next(batches), placement.device)
     with torch.compiler.set_stance("force_eager"):  # fused kernels of two models round differently
-        change = logit_change(model, grown.model, batch.inputs)
+        change = logit_change(before, larger, batch.inputs)
+    drop_gathered(larger)
     return Rung(
-        model=grown.model,
+        model=larger,
         moments=grown.moments(moments),
         init=stage.grow.init,
-        former_parameters=model.config.num_parameters(),
-        parameters=grown.model.config.num_parameters(),
+        former_parameters=former_parameters,
+        parameters=larger.config.num_parameters(),
         logit_change=change,
     )

@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from tokenformer.models.config import PositiveFloat, PositiveInt
 from tokenformer.train.batch_sizes import BatchSizes
@@ -14,6 +14,15 @@ from tokenformer.validation import Float, Int, StrictModel
 
 Fraction = Annotated[Float, Field(ge=0, le=1)]
 NonNegativeInt = Annotated[Int, Field(ge=0)]
+
+
+def _not_zero(ranks: int) -> int:
+    if ranks == 0:
+        raise ValueError("found 0, expected a number of ranks, or -1 for as many as there are")
+    return ranks
+
+
+Ranks = Annotated[Int, Field(ge=-1), AfterValidator(_not_zero)]
 
 
 class BatchWarmup(StrictModel):
@@ -155,10 +164,26 @@ class PrecisionConfig(StrictModel):
 
 
 class ParallelConfig(StrictModel):
-    """Where the run computes. ``num_threads``: CPU threads of torch, null for its own choice."""
+    """Where the run computes. ``replicate``, ``shard`` and ``tensor`` are ranks along the axes of the mesh, -1 (one of
+    them at most) what the number of processes leaves; ``reshard_after_forward``: whether gathered weights of a block
+    are dropped between forward and backward. ``timeout_seconds``: how long ranks wait for each other. ``num_threads``:
+    CPU threads of torch, null for its own choice."""
 
     device: str = "auto"
+    replicate: Ranks = 1
+    shard: Ranks = -1
+    tensor: Ranks = 1
+    reshard_after_forward: bool = True
+    timeout_seconds: PositiveFloat = 600.0
     num_threads: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _check_mesh(self) -> ParallelConfig:
+        if (self.replicate, self.shard, self.tensor).count(-1) > 1:
+            raise ValueError(
+                f"replicate {self.replicate}, shard {self.shard}, tensor {self.tensor}: expected -1 once at most"
+            )
+        return self
 
     @field_validator("device")
     @classmethod

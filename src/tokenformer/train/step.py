@@ -9,6 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from tokenformer.models.base import LanguageModel
+from tokenformer.parallel.gradients import average_replicas, local_parts, total_norm
+from tokenformer.parallel.shard import synchronize_gradients
+from tokenformer.parallel.world import PROCESS, World
 from tokenformer.train.config import StageConfig
 from tokenformer.train.device import autocast, compute_dtype
 from tokenformer.train.loss_scale import LossScale
@@ -45,11 +48,13 @@ class TrainStep:
         stage: StageConfig,
         device: torch.device,
         state: TrainingState | None = None,
+        world: World = PROCESS,
     ) -> None:
         self.model = model
         self.task = task
         self.stage = stage
         self.device = device
+        self.world = world
         self.dtype = compute_dtype(stage.precision, device)
         self.loss_scale = _loss_scale(self.dtype, device, state or TrainingState())
         self.optimizer = build_optimizer(model, stage.optimizer)
@@ -64,12 +69,15 @@ class TrainStep:
         self.optimizer.zero_grad(set_to_none=True)
         nats, targets = self._accumulate(batches, accumulation)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
+        average_replicas(gradients, self.world)
+        local = local_parts(gradients)
         scale = 1 if self.loss_scale is None else self.loss_scale.scale
-        torch._foreach_mul_(gradients, self.stage.data.batch_tokens / targets / scale)
-        grad_norm = torch.nn.utils.get_total_norm(gradients)
+        torch._foreach_mul_(local, self.stage.data.batch_tokens / targets / scale)
+        grad_norm = total_norm(gradients)
         finite = (torch.isfinite(grad_norm) & torch.isfinite(nats)).float()
         if self.stage.optimizer.grad_clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.stage.optimizer.grad_clip, grad_norm)
+            # as torch.nn.utils.clip_grads_with_norm_, which does not take gradients of different meshes
+            torch._foreach_mul_(local, (self.stage.optimizer.grad_clip / (grad_norm + 1e-6)).clamp(max=1.0))
         set_learning_rate(self.optimizer, self.learning_rate(stage_step))
         # the protocol between GradScaler and fused optimisers: with found_inf = 1 the update does nothing
         self.optimizer.found_inf = 1 - finite  # type: ignore[union-attr]
@@ -84,7 +92,8 @@ class TrainStep:
     def _accumulate(self, batches: Iterator[Any], accumulation: int) -> tuple[Tensor, Tensor]:
         nats = torch.zeros((), device=self.device)
         targets = torch.zeros((), device=self.device)
-        for _ in range(accumulation):
+        for index in range(accumulation):
+            synchronize_gradients(self.model, self.world, last=index == accumulation - 1)
             batch = to_device(next(batches), self.device)
             with autocast(self.dtype, self.device):
                 loss = self.task.loss(self.model, batch)
@@ -93,6 +102,7 @@ class TrainStep:
             (scaled if self.loss_scale is None else scaled * self.loss_scale.scale).backward()
             nats += loss.nats.detach()
             targets += loss.count
+        nats, targets = self.world.sum_over_data(torch.stack((nats, targets))).unbind()
         return nats, targets
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tokenformer.models.base import LanguageModel
+from tokenformer.parallel.share import Share
 
 
 class LossSum(Protocol):
@@ -35,7 +36,13 @@ class Task(Protocol):
         ...
 
     def evaluate(
-        self, model: LanguageModel, device: torch.device, max_tokens: int | None, batch_size: int | None
+        self,
+        model: LanguageModel,
+        device: torch.device,
+        max_tokens: int | None,
+        batch_size: int | None,
+        share: Share,
     ) -> dict[str, float]:
-        """Loss and what follows from it over the validation samples, at most ``max_tokens`` targets."""
+        """Loss and what follows from it over the validation samples, at most ``max_tokens`` targets; this rank does
+        its ``share``."""
         ...

@@ -1,0 +1,60 @@
+"""A model where it is trained: on its device, or spread over the ranks of a run; and whole again."""
+
+from __future__ import annotations
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from tokenformer.models.base import LanguageModel
+from tokenformer.parallel.shard import shard_blocks, whole_model, whole_tensors
+from tokenformer.parallel.tensor import split_layers
+from tokenformer.parallel.world import World
+from tokenformer.train.activation_checkpointing import apply_activation_checkpointing
+from tokenformer.train.config import StageConfig
+from tokenformer.train.device import compute_dtype, wants_compile
+from tokenformer.train.optimizer import Moments
+
+
+class Placement:
+    """Where the stages of a run train their models: ``device`` of this rank, and the ``world`` it belongs to."""
+
+    def __init__(self, device: torch.device, world: World, *, reshard_after_forward: bool) -> None:
+        self.device = device
+        self.world = world
+        self._reshard_after_forward = reshard_after_forward
+
+    def place(self, model: LanguageModel, stage: StageConfig) -> LanguageModel:
+        """``model`` (whole, the same on all ranks) ready to be trained in ``stage``; it is changed in place."""
+        mesh = self.world.mesh
+        if mesh is not None:
+            split_layers(model, mesh["tensor"])
+        apply_activation_checkpointing(model, stage.activation_checkpointing)
+        if wants_compile(stage.precision, self.device):
+            torch.compiler.reset()  # each stage has its own shapes; old ones would use up the recompile limit
+            for block in model.blocks:
+                if mesh is None:
+                    block.compile(dynamic=False)
+                else:  # the forward alone: what FSDP does before and after it stays outside
+                    block.forward = torch.compile(block.forward, dynamic=False)
+        if mesh is not None:
+            dtype = compute_dtype(stage.precision, self.device)
+            shard_blocks(model, mesh, compute_dtype=dtype, reshard_after_forward=self._reshard_after_forward)
+        return model.to(self.device).train()
+
+    def placed(self, model: LanguageModel, stage: StageConfig) -> LanguageModel:
+        """``model`` as it is where it is placed already, else as from :meth:`place`."""
+        if self.world.mesh is None:
+            return model.to(self.device)
+        return model if _is_spread(model) else self.place(model, stage)
+
+    def gather(self, model: LanguageModel, moments: Moments) -> tuple[LanguageModel, Moments]:
+        """The model and its optimiser's moments whole: as they are where they are not spread, else copies on the CPU
+        of every rank. All ranks must call this."""
+        if not _is_spread(model):
+            return model, moments
+        whole = {name: whole_tensors(entry) for name, entry in moments.items()}
+        return whole_model(model), whole
+
+
+def _is_spread(model: LanguageModel) -> bool:
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
