@@ -62,15 +62,15 @@ def _local_task(name: str) -> dict[str, Any]:
 def _manager(names: Sequence[str], include_paths: list[Path]) -> TaskManager:
     """One that knows at least ``names``. Reading all of the harness's task files takes many seconds, so that only
     the folders of the named ones are read where that is enough."""
-    local = TaskManager(include_path=include_paths, include_defaults=False)  # type: ignore[arg-type]
+    local = TaskManager(include_path=include_paths, include_defaults=False)
     missing = [name for name in names if name not in local.task_index]
     if not missing:
         return local
     folders = _folders_of(missing)
-    narrow = TaskManager(include_path=[*folders, *include_paths], include_defaults=False)  # type: ignore[arg-type]
+    narrow = TaskManager(include_path=[*folders, *include_paths], include_defaults=False)
     if all(name in narrow.task_index for name in missing):
         return narrow
-    return TaskManager(include_path=include_paths)  # type: ignore[arg-type]
+    return TaskManager(include_path=include_paths)
 
 
 def _folders_of(names: Sequence[str]) -> list[Path]:

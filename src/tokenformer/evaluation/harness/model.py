@@ -112,7 +112,7 @@ class TokenFormerLM(TemplateLM):
         for (texts, _, _), answer in zip(requests, found, strict=True):
             if texts is not None:
                 self.cache_hook.add_partial("loglikelihood", texts, tuple(answer))
-        return [tuple(answer) for answer in found]
+        return [(answer.nats, answer.greedy) for answer in found]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Each text by itself, in disjoint windows as wide as the context, the first after the end-of-document id."""
@@ -155,8 +155,8 @@ class TokenFormerLM(TemplateLM):
     def _generate(self, contexts: Sequence[str], settings: dict[str, Any]) -> list[str]:
         options = dict(normalize_gen_kwargs(dict(settings), _NEW_TOKENS))
         end = self.text_tokenizer.eos_token
-        stops = handle_stop_sequences(options.get("until"), eos=end)  # type: ignore[arg-type]
-        new_tokens = int(options["max_gen_toks"])  # type: ignore[call-overload]
+        stops = handle_stop_sequences(options.get("until"), eos=end)
+        new_tokens = int(options["max_gen_toks"])
         if new_tokens >= self.max_length:
             raise TokenFormerError(
                 f"max_gen_toks: the task asks for {new_tokens} new tokens, expected fewer than the "
@@ -164,7 +164,7 @@ class TokenFormerLM(TemplateLM):
             )
         prompts = [self.tok_encode(context)[-(self.max_length - new_tokens) :] for context in contexts]
         filters = {name: options[name] for name in ("top_k", "top_p", "min_p") if options.get(name)}
-        sampling = SamplingConfig(temperature=float(options.get("temperature") or 0.0), **filters)  # type: ignore[arg-type]
+        sampling = SamplingConfig(temperature=float(options.get("temperature") or 0.0), **filters)
         return generate_until_stopped(
             self.model,
             self.text_tokenizer,

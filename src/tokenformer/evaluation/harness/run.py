@@ -95,13 +95,13 @@ def evaluate_tasks(
     with _quiet():
         found: Mapping[str, Any] | None = lm_eval.simple_evaluate(
             model=harness_model,
-            tasks=loaded,  # type: ignore[arg-type]
+            tasks=loaded,
             num_fewshot=num_fewshot,
             limit=limit,
             bootstrap_iters=BOOTSTRAP_ITERATIONS,
             log_samples=False,
             task_manager=manager,
-        )  # type: ignore[assignment]
+        )
     if found is None:
         return None
     settings = {
@@ -127,7 +127,10 @@ def evaluate_tasks(
 @contextmanager
 def _quiet() -> Iterator[None]:
     """What the harness prints beside its result goes to standard error, and nowhere without a terminal."""
-    with Path(os.devnull).open("w") as nowhere, redirect_stdout(sys.stderr if sys.stderr.isatty() else nowhere):
+    with (
+        Path(os.devnull).open("w") as nowhere,
+        redirect_stdout(sys.stderr if sys.stderr.isatty() else nowhere),
+    ):
         yield
 
 
