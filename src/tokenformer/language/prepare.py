@@ -137,11 +137,11 @@ def _was_finished(out: Path, plan: Plan) -> bool:
     if not (out / DATASET_FILE).is_file() or not work_path(out).is_dir():
         return False
     with work_directory(out) as work:
-        before, progress = work.plan(), work.progress()
-        complete = progress is not None and progress.sealed and not work.data.exists()
-        finished = complete and before is not None and before.difference(plan) is None
-        if finished:
-            work.remove()
+        before = work.plan()
+        if work.data.exists():
+            return False
+        finished = before is not None and before.difference(plan) is None
+        work.remove()
     return finished
 
 

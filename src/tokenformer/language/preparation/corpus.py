@@ -103,6 +103,7 @@ class Reading:
                     yield Content(text, len(utf8), digest, split)
                 else:
                     self.skipped["duplicate"] += 1
+        self.position = Position(len(self._corpus.groups))  # past what was skipped after the last text
 
     def _texts(self, group: int, start: Position) -> Iterator[str]:
         rules = self._corpus.rules

@@ -24,6 +24,7 @@ class SizeEstimate:
         for group in range(len(corpus.groups)):
             self._first_unit.append(len(sizes))
             sizes += [sum(files[str(path)][0] for path in unit.files()) for unit in corpus.units(group)]
+        self._first_unit.append(len(sizes))
         self._before = [0, *accumulate(sizes)]
         largest = max(files, key=lambda name: files[name][0], default=None)
         self._text_per_byte = 1.0 if largest is None else _expansion(Path(largest))

@@ -66,7 +66,8 @@ class Tokenizing:
                     progress = self._commit(progress, writers, digests)
                     committed = time.monotonic()
                 on_progress(progress)
-            progress = progress.model_copy(update={"skipped": dict(reading.skipped)})
+            at_end = {"position": tuple(reading.position), "skipped": dict(reading.skipped)}
+            progress = progress.model_copy(update=at_end)
             progress = self._commit(progress, writers, digests)
             for writer in writers.values():
                 writer.close()

@@ -96,6 +96,8 @@ class WorkDirectory:
 
     def remove(self) -> None:
         """Delete all of it, and the folders that were made for it."""
+        for inner in (self.data, self.notes, self.tokenizer):
+            shutil.rmtree(inner, ignore_errors=True)
         shutil.rmtree(self.path, ignore_errors=True)
         for folder in self._new_folders:
             with suppress(OSError):  # something else is in it
