@@ -265,6 +265,7 @@ def test_a_large_vocabulary_is_stored_wider(tmp_path: Path) -> None:
     assert data.info.dtype == "int32"
     assert data.info.padded_vocab_size == 70_016
     assert data.split("train").dtype == np.int32
+    assert (tmp_path / "data" / "train.idx").read_bytes()[17] == 4  # the format's code of int32
 
 
 @pytest.mark.parametrize(

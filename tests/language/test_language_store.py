@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import struct
 from itertools import chain, pairwise
 from pathlib import Path
@@ -13,8 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tokenformer.errors import TokenFormerError
-from tokenformer.language.byte_level import byte_tokenizer_definition
-from tokenformer.language.prepare import prepare
 from tokenformer.language.store import DTYPES, TokenStore, token_dtype
 from tokenformer.language.store_writer import TokenStoreWriter
 
@@ -116,28 +113,6 @@ def test_what_is_written_is_read_by_the_definition(
     prefix = tmp_path_factory.mktemp("store") / "train"
     write(prefix, documents, dtype)
     assert read_by_the_definition(prefix) == documents
-
-
-@pytest.mark.parametrize(("vocabulary", "code"), [(65_408, 8), (65_536, 4), (151_936, 4)])
-def test_prepared_data_of_any_vocabulary_is_read_by_the_definition(
-    tmp_path: Path, vocabulary: int, code: int
-) -> None:
-    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "zwei ü"}\n')
-    (tmp_path / "v.txt").write_text("held out")
-    definition = json.loads(byte_tokenizer_definition())
-    definition["model"]["vocab"] |= {f"unused{i}": i for i in range(256, vocabulary - 1)}
-    (tmp_path / "tokenizer.json").write_text(json.dumps(definition))
-    data = prepare(
-        [tmp_path / "a.jsonl"],
-        tmp_path / "data",
-        tokenizer=tmp_path / "tokenizer.json",
-        validation=[tmp_path / "v.txt"],
-    )
-    end = data.tokenizer.eos_token_id
-    assert (data.info.vocab_size, end) == (vocabulary, vocabulary - 1)
-    assert (tmp_path / "data" / "train.idx").read_bytes()[17] == code
-    expected = [[*b"one", end], [*"zwei ü".encode(), end]]
-    assert read_by_the_definition(tmp_path / "data" / "train") == expected
 
 
 @given(st.lists(st.lists(st.integers(0, 2**16 - 1), max_size=20), max_size=20), st.data())
