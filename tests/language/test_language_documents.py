@@ -12,6 +12,7 @@ import pytest
 
 from tokenformer.errors import TokenFormerError
 from tokenformer.language.documents import check_sources, read_documents
+from tokenformer.language.sources.records import Document
 from tokenformer.language.standard_library import standard_library_files
 
 
@@ -36,7 +37,7 @@ def test_json_lines_are_documents_with_line_numbers_and_blank_lines_are_none(tmp
     path = tmp_path / "a.jsonl"
     path.write_text('\ufeff{"text": "one", "x": 1}\n\n{"text": "two\\nlines"}\n', encoding="utf-8")
     found = list(read_documents(path))
-    assert found == [("one", f"{path}:1"), ("two\nlines", f"{path}:3")]
+    assert found == [Document("one", f"{path}:1"), Document("two\nlines", f"{path}:3")]
     json_lines(path, [{"body": "b"}])
     assert texts(path, text_field="body") == ["b"]
 

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from tokenformer.errors import TokenFormerError
 from tokenformer.language.documents import check_sources, read_documents
 from tokenformer.language.sources.hub import HubSource
+from tokenformer.language.sources.records import Document
 
 TEXTS = [f"document {i}: größe 😀\n" for i in range(1500)]
 
@@ -121,7 +122,7 @@ class TestJson:
         if found is None:
             refused(path, r"a\.json: an object with 0 lists")
         else:
-            assert list(read_documents(path)) == [(text, f"{path}:{line}") for text, line in found]
+            assert list(read_documents(path)) == [Document(text, f"{path}:{line}") for text, line in found]
 
     @settings(deadline=None)
     @given(
@@ -184,7 +185,7 @@ def test_broken_lines_are_counted_and_the_others_read(tmp_path: Path) -> None:
     )
     skipped: Counter[str] = Counter()
     found = list(read_documents(path, on_error="skip", skipped=skipped))
-    assert found == [("one", f"{path}:1"), ("two", f"{path}:10")]
+    assert found == [Document("one", f"{path}:1"), Document("two", f"{path}:10")]
     assert skipped == {
         "not UTF-8": 1, "invalid JSON": 2, "without the text field": 1, "not an object": 1,
         "not a string": 1, "not Unicode": 1,

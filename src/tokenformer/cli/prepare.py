@@ -53,12 +53,12 @@ def prepare(
         typer.Argument(
             metavar="SOURCE",
             help="Text files, .jsonl, .json and .tfrecord (each also as .gz, .xz, .bz2, .zst, .zip), .parquet, "
-            ".arrow, .array_record, datasets written by save_to_disk, folders of these (read recursively), quoted "
-            "globs; `hf:NAME[:config][:split]`, streamed from the Hugging Face hub twice with bpe:N "
-            "(split `train` unless given); `preset:NAME[=PATH]`, a well-known corpus with its published splits, from "
-            "the hub or from a local copy (`--list-presets`); or `default`: the Python source files of this "
-            "interpreter's standard library. .zst, .parquet, .arrow, .tfrecord and the hub need "
-            "`pip install 'tokenformer[data]'`.",
+            ".arrow, .array_record, .idx of Megatron (its tokens are copied), datasets written by save_to_disk, "
+            "folders of these (read recursively), quoted globs; `hf:NAME[:config][:split]`, streamed from the "
+            "Hugging Face hub, twice with bpe:N (split `train` unless given); `preset:NAME[=PATH]`, a well-known "
+            "corpus with its published splits, from the hub or a local copy (`--list-presets`); or `default`: the "
+            "Python source files of this interpreter's standard library. .zst, .parquet, .arrow, .tfrecord and the "
+            "hub need `pip install 'tokenformer[data]'`.",
             show_default=False,
         ),
     ],

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tokenformer.errors import TokenFormerError
+from tokenformer.language.data_directory import DATASET_FILE
 from tokenformer.language.presets import PRESET_PREFIX, PresetSource
 from tokenformer.language.sources.arrow_files import (
     is_saved_dataset,
@@ -25,6 +26,13 @@ from tokenformer.language.sources.published_texts import articles, cut_texts, re
 from tokenformer.language.sources.record_files import read_array_record, read_tfrecord, without_shard
 from tokenformer.language.sources.records import Document, Faults, OnError, import_extra
 from tokenformer.language.sources.text_files import decode, is_binary, read_text_file
+from tokenformer.language.sources.token_files import (
+    DATA_SUFFIX,
+    INDEX_SUFFIX,
+    read_token_store,
+    store_files,
+    token_index,
+)
 from tokenformer.language.standard_library import standard_library_files
 
 DEFAULT_CORPUS = "default"
@@ -39,9 +47,10 @@ _RECORD_READERS = {
     ".tfrecords": read_tfrecord,
     ".arrayrecord": read_array_record,
     ".array_record": read_array_record,
+    INDEX_SUFFIX: read_token_store,
 }
 _PACKED_INSIDE = {".parquet", ".arrow", ".arrayrecord", ".array_record"}
-_BINARY = {*_PACKED_INSIDE, ".tfrecord", ".tfrecords"}
+_BINARY = {*_PACKED_INSIDE, ".tfrecord", ".tfrecords", INDEX_SUFFIX}
 
 
 def check_sources(sources: Sequence[str | Path]) -> None:
@@ -73,18 +82,20 @@ def expand(source: str | Path) -> list[Path]:
     Raises:
         TokenFormerError: there is none.
     """
+    if store := token_index(Path(source)):
+        return [store]
     if Path(source).exists():
         return [Path(source)]
     if not glob.has_magic(str(source)):
         raise TokenFormerError(
             f"{source}: no such file or folder; expected a text file, .jsonl, .json, .parquet, .arrow, "
-            ".tfrecord or .array_record (text, JSON and TFRecord also as .gz, .xz, .bz2, .zst or .zip), a folder, "
-            f"a saved dataset, a glob, hf:NAME, preset:NAME or '{DEFAULT_CORPUS}'"
+            ".tfrecord or .array_record (text, JSON and TFRecord also as .gz, .xz, .bz2, .zst or .zip), .idx of "
+            f"Megatron, a folder, a saved dataset, a glob, hf:NAME, preset:NAME or '{DEFAULT_CORPUS}'"
         )
     found = {Path(name) for name in glob.glob(str(source), recursive=True)}  # noqa: PTH207 (may be absolute)
     if not found:
         raise TokenFormerError(f"{source}: no file or folder matches this glob")
-    return sorted(path for path in found if not found.intersection(path.parents))
+    return sorted(path for path in found if not found.intersection(path.parents) and not _is_store_data(path))
 
 
 def read_documents(
@@ -98,7 +109,8 @@ def read_documents(
 
     A text file is one document. ``.jsonl`` holds one in ``text_field`` of each line, ``.json`` in each item of
     its list, ``.parquet``, ``.arrow`` and folders of ``datasets.save_to_disk`` in each row, ``.tfrecord`` and
-    ``.array_record`` in each record. Text, JSON and TFRecord are unpacked by the suffix (``.gz``, ``.xz``,
+    ``.array_record`` in each record; ``.idx`` (or ``.bin``, or their name without it) of Megatron in each document,
+    as ids. Text, JSON and TFRecord are unpacked by the suffix (``.gz``, ``.xz``,
     ``.bz2``, ``.zst``, ``.zip`` of one file). A folder is read recursively in sorted
     order, without hidden files; a glob as the sorted files and folders it matches; ``hf:NAME[:config][:split]``
     streams a dataset of the Hugging Face hub; ``preset:NAME[:SPLIT][=PATH]`` one of
@@ -125,6 +137,11 @@ class Unit(NamedTuple):
     in_folder: bool = False  # found by going through a folder, where binary files are passed over
     preset: str = ""
 
+    @property
+    def is_store(self) -> bool:
+        """Whether its documents are tokenized already."""
+        return isinstance(self.place, Path) and self.place.suffix == INDEX_SUFFIX
+
     def files(self) -> list[Path]:
         """The files that it is read from, sorted; none of a dataset of the hub."""
         if isinstance(self.place, str):
@@ -132,6 +149,8 @@ class Unit(NamedTuple):
                 return PresetSource.parse(self.place).local_files()
             return [path for path, _ in standard_library_files()] if self.place == DEFAULT_CORPUS else []
         path = self.place
+        if self.is_store:
+            return store_files(path)
         return sorted(inner for inner in path.rglob("*") if inner.is_file()) if path.is_dir() else [path]
 
 
@@ -147,6 +166,10 @@ def list_units(source: str | Path) -> list[Unit]:
         return _preset_units(PresetSource.parse(str(source)))
     found = []
     for path in expand(source):
+        if (path / DATASET_FILE).is_file() and token_index(path / "train"):
+            raise TokenFormerError(
+                f"{path}: a data directory; name the tokens of one split, {path / 'train.idx'}"
+            )
         if path.is_dir() and not is_saved_dataset(path):
             found += [Unit(inner, in_folder=True) for inner in _folder_content(path)]
         else:
@@ -230,8 +253,13 @@ def _folder_content(folder: Path) -> list[Path]:
         subfolders[:] = [name for name in subfolders if name not in datasets]
         found += [Path(directory, name) for name in datasets]
         files = (Path(directory, name) for name in names if not name.startswith("."))
-        found += [path for path in files if path.is_file()]
+        found += [path for path in files if path.is_file() and not _is_store_data(path)]
     return sorted(found)
+
+
+def _is_store_data(path: Path) -> bool:
+    """The half of a store that its index stands for."""
+    return path.suffix == DATA_SUFFIX and token_index(path) is not None
 
 
 def _read_file(path: Path, text_field: str, faults: Faults) -> Iterator[Document]:

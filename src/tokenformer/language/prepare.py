@@ -94,7 +94,7 @@ def prepare(
     rules = rules or DocumentRules()
     separate = {"validation": validation, "test": test}
     groups = [Group(None, sources), *(Group(split, apart) for split, apart in separate.items() if apart)]
-    corpus = Corpus(groups, text_field, rules)
+    corpus = Corpus(groups, text_field, rules, given)
     info: dict[str, Any] = {
         "sources": [str(source) for source in sources],
         "validation_sources": [str(source) for source in validation],
@@ -170,8 +170,8 @@ def _training_texts(corpus: Corpus, progress: Progress, bar: ProgressBar) -> Ite
     start = 0
     for content in Reading(corpus):
         for part in divide(content, start, progress.rule):
-            if part.split == "train":
-                yield part.text
+            if part.split == "train" and isinstance(part.body, str):
+                yield part.body
         start += content.utf8_bytes
         bar.advance(content.utf8_bytes / 1e6)
 

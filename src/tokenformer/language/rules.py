@@ -46,13 +46,22 @@ class DocumentRules(StrictModel):
 
     def refusal(self, document: Document) -> str | None:
         """Why ``document`` is left out, in the words that it is counted under; None where it is taken."""
-        text = document.text
-        if not text:
+        text, tokens = document.text, document.tokens
+        if not (text if tokens is None else len(tokens)):
             return "empty"
         if self.include_name is not None and not re.search(self.include_name, document.name):
             return "name not included"
         if self.exclude_name is not None and re.search(self.exclude_name, document.name):
             return "name excluded"
+        return self._text_refusal(text) if tokens is None else None
+
+    def on_text(self) -> list[str]:
+        """Names of the rules in force that look at the text of a document."""
+        standard = DocumentRules()
+        names = ("min_length", "max_length", "min_letters", "include", "exclude")
+        return [name for name in names if getattr(self, name) != getattr(standard, name)]
+
+    def _text_refusal(self, text: str) -> str | None:
         if len(text) < self.min_length:
             return "too short"
         if self.max_length is not None and len(text) > self.max_length:

@@ -10,6 +10,7 @@ from typing import NamedTuple, TypeVar
 from tokenformer.language.data_directory import SplitRule
 from tokenformer.language.preparation.corpus import Content, Position, Reading
 from tokenformer.language.preparation.splits import divide
+from tokenformer.language.preparation.tokens import Body, utf8_size
 
 BLOCK_CHARACTERS = 2**20
 
@@ -25,22 +26,22 @@ class State(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Consecutive texts, which are documents or pieces of them, sorted by split (those of a split keep their order).
+    """Consecutive bodies of documents, or pieces of them, sorted by split (those of a split keep their order).
 
     ``ends`` is true of each that ends its document. ``digests`` are of the documents that begin here,
     ``split_bytes`` the UTF-8 bytes by split. ``state`` is None where the block ends inside a document.
     """
 
-    texts: list[str]
+    bodies: list[Body]
     ends: list[bool]
     splits: list[str]
     digests: bytes
     split_bytes: dict[str, int]
     state: State | None
 
-    def without_texts(self) -> Block:
+    def without_bodies(self) -> Block:
         """All that is needed beside the tokens."""
-        return self._replace(texts=[])
+        return self._replace(bodies=[])
 
 
 def make_blocks(
@@ -56,8 +57,9 @@ def make_blocks(
         parts = divide(content, utf8_bytes, rule)
         utf8_bytes += content.utf8_bytes
         for part, is_last_part in _with_last(parts):
-            for text, ends in _with_last(cut(part.text)):
-                block.add(text, ends, part.split)
+            bodies: Iterable[Body] = cut(part.body) if isinstance(part.body, str) else (part.body,)
+            for body, ends in _with_last(bodies):
+                block.add(body, ends, part.split)
                 if block.characters >= BLOCK_CHARACTERS:
                     complete = ends and is_last_part
                     yield block.close(_state(reading, utf8_bytes) if complete else None)
@@ -88,19 +90,19 @@ def _with_last(items: Iterable[T]) -> Iterator[tuple[T, bool]]:
 class _OpenBlock:
     def __init__(self) -> None:
         self.characters = 0
-        self._pieces: list[tuple[str, bool, str]] = []
+        self._pieces: list[tuple[Body, bool, str]] = []
         self._digests: list[bytes] = []
         self._split_bytes: Counter[str] = Counter()
 
     def begin(self, content: Content) -> None:
         self._digests.append(content.digest)
 
-    def add(self, text: str, ends: bool, split: str) -> None:
-        self._pieces.append((text, ends, split))
-        self.characters += len(text)
-        self._split_bytes[split] += len(text.encode("utf-8"))
+    def add(self, body: Body, ends: bool, split: str) -> None:
+        self._pieces.append((body, ends, split))
+        self.characters += len(body)
+        self._split_bytes[split] += utf8_size(body)
 
     def close(self, state: State | None) -> Block:
-        texts, ends, splits = zip(*sorted(self._pieces, key=itemgetter(2)), strict=True)
+        bodies, ends, splits = zip(*sorted(self._pieces, key=itemgetter(2)), strict=True)
         digests = b"".join(self._digests)
-        return Block(list(texts), list(ends), list(splits), digests, dict(self._split_bytes), state)
+        return Block(list(bodies), list(ends), list(splits), digests, dict(self._split_bytes), state)

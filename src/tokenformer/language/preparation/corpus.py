@@ -11,8 +11,10 @@ from typing import NamedTuple
 
 from tokenformer.errors import TokenFormerError
 from tokenformer.language.documents import Unit, check_sources, list_units, read_unit
+from tokenformer.language.preparation.tokens import Body, Tokens, check_store, checked
 from tokenformer.language.rules import DocumentRules
-from tokenformer.language.sources.records import Faults
+from tokenformer.language.sources.records import Document, Faults
+from tokenformer.language.tokenizers import Tokenizer
 
 
 class Group(NamedTuple):
@@ -31,31 +33,59 @@ class Position(NamedTuple):
 
 
 class Content(NamedTuple):
-    """A text that is taken, the number and SHA-256 of its UTF-8 bytes, and the split that its group names."""
+    """What is taken of a document, the number of its UTF-8 bytes and their SHA-256 (of ids, that of the ids), and the
+    split that its group names."""
 
-    text: str
+    body: Body
     utf8_bytes: int
     digest: bytes
     split: str | None
 
 
 class Corpus:
-    """Documents of groups of sources that meet the rules, in a fixed order; empty texts are left out.
+    """Documents of groups of sources that meet the rules, in a fixed order; empty ones are left out.
+
+    ``tokenizer`` is that of sources that are tokenized already, where it is known.
 
     Raises:
-        TokenFormerError: a source that does not exist, or none.
+        TokenFormerError: a source that does not exist, or none; one that is tokenized otherwise.
     """
 
-    def __init__(self, groups: Sequence[Group], text_field: str, rules: DocumentRules) -> None:
+    def __init__(
+        self,
+        groups: Sequence[Group],
+        text_field: str,
+        rules: DocumentRules,
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
         for group in groups:
             check_sources(group.sources)
         self.groups = list(groups)
         self.text_field = text_field
         self.rules = rules
+        self.tokenizer = tokenizer
         self.units = cache(self._list_units)
+        for number in range(len(self.groups)):
+            for unit in self.units(number):
+                if isinstance(unit.place, Path) and unit.is_store:
+                    check_store(unit.place, tokenizer, rules)
 
     def _list_units(self, group: int) -> list[Unit]:
         return [unit for source in self.groups[group].sources for unit in list_units(source)]
+
+    def read(self, unit: Unit, faults: Faults) -> Iterator[Document]:
+        """The documents of one part of a source."""
+        return checked(read_unit(unit, self.text_field, faults), self.tokenizer, faults)
+
+    def content(self, document: Document, split: str | None) -> Content:
+        """What is taken of a document."""
+        if document.tokens is None:
+            utf8 = document.text.encode("utf-8")
+            return Content(document.text, len(utf8), hashlib.sha256(utf8).digest(), split)
+        assert self.tokenizer is not None
+        size = self.tokenizer.count_bytes(document.tokens)
+        digest = hashlib.sha256(b"ids" + document.tokens.astype("<i8").tobytes()).digest()
+        return Content(Tokens(document.tokens, size), size, digest, split)
 
     def files(self) -> Iterator[Path]:
         """Every file that is read, in the order of reading."""
@@ -96,21 +126,20 @@ class Reading:
         start = self.position
         for group in range(start.group, len(self._corpus.groups)):
             split = self._corpus.groups[group].split
-            for text in self._texts(group, start if group == start.group else Position(group)):
-                utf8 = text.encode("utf-8")
-                digest = hashlib.sha256(utf8).digest()
-                if self._first_seen(digest):
-                    yield Content(text, len(utf8), digest, split)
+            for document in self._documents(group, start if group == start.group else Position(group)):
+                content = self._corpus.content(document, split)
+                if self._first_seen(content.digest):
+                    yield content
                 else:
                     self.skipped["duplicate"] += 1
         self.position = Position(len(self._corpus.groups))  # past what was skipped after the last text
 
-    def _texts(self, group: int, start: Position) -> Iterator[str]:
+    def _documents(self, group: int, start: Position) -> Iterator[Document]:
         rules = self._corpus.rules
         for number, unit in enumerate(self._corpus.units(group)[start.unit :], start=start.unit):
             done = start.documents if number == start.unit else 0
             skipped_before = dict(self.skipped)
-            documents = read_unit(unit, self._corpus.text_field, Faults(rules.on_error, self.skipped))
+            documents = self._corpus.read(unit, Faults(rules.on_error, self.skipped))
             for count, document in enumerate(documents, start=1):
                 if count < done:
                     continue
@@ -121,7 +150,7 @@ class Reading:
                 self.position = Position(group, number, count)
                 reason = rules.refusal(document)
                 if reason is None:
-                    yield document.text
+                    yield document
                 else:
                     self.skipped[reason] += 1
 

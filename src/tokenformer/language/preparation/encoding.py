@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tokenformer.language.preparation.tokens import Body
 from tokenformer.language.tokenizers import Tokenizer, make_tokenizer
 
 
@@ -21,9 +22,10 @@ class Encoded(NamedTuple):
 
 @dataclass(frozen=True)
 class Encoder:
-    """A tokenizer that travels to other processes: called with texts, and whether each ends its document.
+    """A tokenizer that travels to other processes: called with bodies, and whether each ends its document.
 
-    The end-of-document id follows the texts that do. ``dtype`` is that of the tokens.
+    Texts are encoded, ids stay as they are; the end-of-document id follows those that end a document. ``dtype`` is
+    that of the tokens.
     """
 
     definition: str
@@ -35,13 +37,15 @@ class Encoder:
         """For ``tokenizer``, whose ids fit ``dtype``."""
         return cls(tokenizer.definition, tokenizer.eos_token, dtype.str)
 
-    def __call__(self, payload: tuple[Sequence[str], Sequence[bool]]) -> Encoded:
-        texts, ends = payload
+    def __call__(self, payload: tuple[Sequence[Body], Sequence[bool]]) -> Encoded:
+        bodies, ends = payload
         tokenizer = _tokenizer(self.definition, self.eos_token)
         end = np.array([tokenizer.eos_token_id], dtype=self.dtype)
         arrays: list[np.ndarray] = []
-        lengths = np.empty(len(texts), dtype=np.int32)
-        for number, (ids, ended) in enumerate(zip(tokenizer.encode_batch(texts), ends, strict=True)):
+        lengths = np.empty(len(bodies), dtype=np.int32)
+        encoded = iter(tokenizer.encode_batch([body for body in bodies if isinstance(body, str)]))
+        for number, (body, ended) in enumerate(zip(bodies, ends, strict=True)):
+            ids = next(encoded) if isinstance(body, str) else body.ids
             arrays.append(ids.astype(self.dtype))
             if ended:
                 arrays.append(end)

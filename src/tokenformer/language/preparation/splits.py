@@ -7,13 +7,14 @@ from typing import NamedTuple
 
 from tokenformer.language.data_directory import SplitRule
 from tokenformer.language.preparation.corpus import Content, Corpus, Position, Reading
+from tokenformer.language.preparation.tokens import Body, Tokens
 
 
 class Part(NamedTuple):
-    """A text, or one side of a cut text, and the split it belongs to."""
+    """A document, or one side of a cut text, and the split it belongs to."""
 
     split: str
-    text: str
+    body: Body
 
 
 class Survey(NamedTuple):
@@ -64,12 +65,12 @@ def _require_text(corpus: Corpus, group: int) -> None:
 def divide(content: Content, start: int, rule: SplitRule) -> list[Part]:
     """The splits of one text; ``start`` counts the UTF-8 bytes of all texts before it."""
     if content.split is not None:
-        return [Part(content.split, content.text)]
+        return [Part(content.split, content.body)]
     if rule.method == "tail":
         assert rule.cut is not None
         return _divide_at(content, start, rule.cut)
     held_out = rule.method == "content_hash" and is_held_out(content.digest, rule.validation_fraction or 0)
-    return [Part("validation" if held_out else "train", content.text)]
+    return [Part("validation" if held_out else "train", content.body)]
 
 
 def is_held_out(digest: bytes, fraction: float) -> bool:
@@ -79,10 +80,12 @@ def is_held_out(digest: bytes, fraction: float) -> bool:
 
 def _divide_at(content: Content, start: int, cut: int) -> list[Part]:
     if start + content.utf8_bytes <= cut:
-        return [Part("train", content.text)]
-    if cut <= start and start > 0:
-        return [Part("validation", content.text)]
-    utf8 = content.text.encode("utf-8")
+        return [Part("train", content.body)]
+    if start > 0 and (cut <= start or isinstance(content.body, Tokens)):
+        return [Part("validation", content.body)]
+    if isinstance(content.body, Tokens):  # which are not cut
+        return [Part("train", content.body)]
+    utf8 = content.body.encode("utf-8")
     position = _boundary(utf8, cut - start, first=start == 0)
     sides = (("train", utf8[:position]), ("validation", utf8[position:]))
     return [Part(split, side.decode("utf-8")) for split, side in sides if side]

@@ -19,6 +19,7 @@ from tokenformer.language.preparation.corpus import Corpus, Position, Reading
 from tokenformer.language.preparation.encoding import Encoded, Encoder
 from tokenformer.language.preparation.engines import Engine
 from tokenformer.language.preparation.sharding import ShardedWriter
+from tokenformer.language.preparation.tokens import Body
 from tokenformer.language.preparation.work import Progress, WorkDirectory
 from tokenformer.language.store import token_dtype
 from tokenformer.language.tokenizers import Tokenizer
@@ -80,11 +81,11 @@ class Tokenizing:
         with self._work.digests.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
-    def _items(self, reading: Reading) -> Iterator[tuple[Block, tuple[list[str], list[bool]]]]:
+    def _items(self, reading: Reading) -> Iterator[tuple[Block, tuple[list[Body], list[bool]]]]:
         done = sum(self._progress.utf8_bytes.values())
         cut = pieces if self._tokenizer.works_in_pieces else whole
         for block in make_blocks(reading, done, self._progress.rule, cut):
-            yield block.without_texts(), (block.texts, block.ends)
+            yield block.without_bodies(), (block.bodies, block.ends)
 
     def _writer(self, split: str) -> ShardedWriter:
         return ShardedWriter(

@@ -5,18 +5,25 @@ from __future__ import annotations
 import importlib
 from collections import Counter
 from types import TracebackType
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from tokenformer.errors import TokenFormerError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 OnError = Literal["stop", "skip"]
 
 
 class Document(NamedTuple):
-    """A text, and where it came from: a path, ``path:line`` in JSON, ``path: row N`` in a table."""
+    """A text, and where it came from: a path, ``path:line`` in JSON, ``path: row N`` in a table.
+
+    One that is tokenized already has its ids [t] in ``tokens``, and no text.
+    """
 
     text: str
     name: str
+    tokens: np.ndarray | None = None
 
 
 class BrokenDocument(TokenFormerError):
