@@ -11,3 +11,10 @@ class TokenFormerError(Exception):
 
 class ToldElsewhere(TokenFormerError):
     """One of several processes has told the user what is wrong; this one ends with exit code 2 and without a word."""
+
+
+class DataError(TokenFormerError):
+    """Data that was there when the work began cannot be read any more: a file cut off or gone, a disk that fails.
+
+    Nothing that was done so far is wrong: the work can be saved, and goes on once the data are back.
+    """

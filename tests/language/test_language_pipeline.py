@@ -1,112 +1,164 @@
-"""The order of training windows, and the windows of validation."""
+"""Batches: the same samples for any cut into ranks, workers and runs, and what happens when reading fails."""
 
 from __future__ import annotations
 
 import gc
+import multiprocessing
+import os
+import shutil
+import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from tokenformer.errors import TokenFormerError
-from tokenformer.language.pipeline import IGNORED, TrainingWindows, ValidationWindows
-from tokenformer.language.store_writer import TokenStoreWriter
+from tokenformer.errors import DataError
+from tokenformer.language.packing import DocumentWindows
+from tokenformer.language.pipeline import TokenBatch, TrainingSamples
 from tokenformer.language.token_stream import TokenStream
+from tokenformer.language.windows import IGNORED, PADDING_DOCUMENT, StreamWindows
+from tokenformer.train.micro_batches import MicroBatches
 
-MakeStore = Callable[[int], TokenStream]
-
-
-@pytest.fixture(scope="module")
-def store_of(tmp_path_factory: pytest.TempPathFactory) -> MakeStore:
-    """A store of the tokens 0, 1, 2, ..., in documents of seven."""
-    folder = tmp_path_factory.mktemp("stores")
-
-    def make(length: int) -> TokenStream:
-        prefix = folder / str(length)
-        if not Path(f"{prefix}.idx").exists():
-            with TokenStoreWriter(prefix, np.int32) as writer:
-                for start in range(0, length, 7):
-                    writer.add_document(np.arange(start, min(start + 7, length)))
-        return TokenStream(folder, str(length))
-
-    return make
+T = 10
+StreamOf = Callable[..., TokenStream]
 
 
-def consecutive(start: int, size: int) -> Callable[[int], range]:
-    """Batches of ``size`` samples from ``start`` on."""
-    return lambda k: range(start + k * size, start + (k + 1) * size)
+def make(stream_of: StreamOf, kind: str, seed: int = 3) -> TrainingSamples:
+    """Plain windows, a mixture of three streams, or packed documents; all with small epochs."""
+    if kind == "documents":
+        return TrainingSamples([DocumentWindows(stream_of(300, 2), T)], [1], seed)
+    if kind == "mixture":
+        streams = [stream_of(101), stream_of(201, 3, 1000), stream_of(58, 1, 5000)]
+        return TrainingSamples([StreamWindows(stream, T) for stream in streams], [0.5, 0.3, 0.2], seed)
+    return TrainingSamples([StreamWindows(stream_of(300, 2), T)], [1], seed)
 
 
-lengths = st.integers(2, 300)
-windows_of = st.integers(1, 40)
-seeds = st.integers(0, 2**32 - 1)
+def rows(batches: Iterator[TokenBatch], number: int) -> list[tuple[list[int], ...]]:
+    """What is trained on in the next ``number`` batches, row by row; empty passes left out."""
+    found = []
+    for inputs, targets, documents, _ in islice(batches, number):
+        assert inputs.dtype == targets.dtype == np.int64
+        assert inputs.flags.c_contiguous
+        assert targets.flags.c_contiguous
+        for row in range(len(inputs)):
+            if (targets[row] != IGNORED).any():
+                parts = (inputs[row], targets[row], *([] if documents is None else [documents[row]]))
+                found.append(tuple(part.tolist() for part in parts))
+    return found
 
 
-@settings(deadline=None)
-@given(length=lengths, t=windows_of, seed=seeds, epoch=st.one_of(st.integers(0, 3), st.integers(0, 2**40)))
-def test_every_epoch_holds_every_window_once(
-    store_of: MakeStore, length: int, t: int, seed: int, epoch: int
-) -> None:
-    if length < t + 1:
-        return
-    windows = TrainingWindows(store_of(length), t, seed)
-    n = windows.windows_per_epoch
-    assert n == (length - 1) // t
-    samples = [windows[epoch * n + i] for i in range(n)]
-    assert all(sample.dtype == np.int64 and sample.shape == (t + 1,) for sample in samples)
-    assert all(np.array_equal(sample, sample[0] + np.arange(t + 1)) for sample in samples)
-    assert sorted(int(sample[0]) for sample in samples) == [w * t for w in range(n)]
+kinds = pytest.mark.parametrize("kind", ["windows", "mixture", "documents"])
 
 
-@settings(deadline=None, max_examples=40)
+@kinds
 @given(
-    length=lengths,
-    seed=seeds,
-    start=st.one_of(st.integers(0, 500), st.integers(0, 2**50)),
-    size=st.integers(1, 9),
-    other=st.integers(1, 9),
+    start=st.one_of(st.integers(0, 500), st.integers(0, 2**45)),
+    sequences=st.integers(1, 12),
+    micro=st.integers(1, 12),
+    ranks=st.integers(1, 8),
 )
-def test_batches_from_any_sample_are_the_samples_themselves(
-    store_of: MakeStore, length: int, seed: int, start: int, size: int, other: int
+def test_ranks_and_micro_batches_share_the_samples_of_one_process(
+    stream_of: StreamOf, kind: str, start: int, sequences: int, micro: int, ranks: int
 ) -> None:
-    t = 1 + length // 20
-    windows, fresh = (TrainingWindows(store_of(length), t, seed) for _ in range(2))
-    for batch_size in (size, other):
-        batches = windows.batches(consecutive(start, batch_size))
-        for number, batch in enumerate(islice(batches, 3)):
-            first = start + number * batch_size
-            expected = np.stack([fresh[first + row] for row in range(batch_size)])
-            assert batch.dtype == np.int64
-            assert np.array_equal(batch, expected)
-        batches.close()
+    samples = make(stream_of, kind)
+    expected = rows(iter([samples.read(range(start, start + 2 * sequences))]), 1)
+    found: list[list[tuple[list[int], ...]]] = [[], []]
+    for rank in range(ranks):
+        passes = MicroBatches(start, sequences, micro, rank, ranks)
+        per_step = passes.per_step
+        for step in range(2):
+            own = (samples.read(passes(k)) for k in range(step * per_step, (step + 1) * per_step))
+            found[step] += rows(own, per_step)
+    assert found[0] + found[1] == expected
 
 
-def test_the_order_changes_with_epoch_and_seed(store_of: MakeStore) -> None:
-    def order(seed: int, epoch: int) -> list[int]:
-        windows = TrainingWindows(store_of(10_001), 10, seed)
-        return [int(windows[epoch * 1000 + i][0]) for i in range(1000)]
+@kinds
+def test_a_resume_with_other_ranks_goes_on_exactly(stream_of: StreamOf, kind: str) -> None:
+    with closing(make(stream_of, kind).batches(MicroBatches(7, 6, 4))) as batches:
+        whole = rows(batches, 8)
+    found = []
+    for start, ranks in ((7, 2), (7 + 12, 3)):  # two steps each, in a new process with other ranks
+        shares: list[list[list[tuple[list[int], ...]]]] = []
+        for rank in range(ranks):
+            passes = MicroBatches(start, 6, 1, rank, ranks)
+            with closing(make(stream_of, kind).batches(passes)) as batches:
+                shares.append([rows(batches, passes.per_step) for _ in range(2)])
+        found += [row for step in range(2) for share in shares for row in share[step]]
+    assert found == whole
 
-    orders = [order(seed, epoch) for seed in (0, 1, 2) for epoch in (0, 1, 2)]
-    for i, one in enumerate(orders):
-        for other in orders[:i]:
-            assert sum(a == b for a, b in zip(one, other, strict=True)) < 20
-        assert np.mean(np.abs(np.diff(one)) < 100) < 0.1, "neighbours should not stay together"
+
+@kinds
+def test_worker_processes_read_the_same(stream_of: StreamOf, kind: str) -> None:
+    expected = [make(stream_of, kind).read(range(5 + 3 * k, 8 + 3 * k)) for k in range(7)]
+    with closing(make(stream_of, kind).batches(MicroBatches(5, 3, 3), workers=2)) as batches:
+        found = list(islice(batches, 7))
+    for one, other in zip(found, expected, strict=True):
+        assert np.array_equal(one.inputs, other.inputs)
+        assert np.array_equal(one.targets, other.targets)
+        assert (one.documents is None) == (other.documents is None)
+        assert one.documents is None or np.array_equal(one.documents, other.documents)
 
 
-def test_reading_ahead_ends_with_its_iterator(store_of: MakeStore) -> None:
+@kinds
+def test_a_pass_without_samples_has_no_targets(stream_of: StreamOf, kind: str) -> None:
+    batch = make(stream_of, kind).read(range(4, 4))
+    assert batch.inputs.shape == (1, T)
+    assert (batch.targets == IGNORED).all()
+    assert not batch.inputs.any()
+    assert batch.documents is None or (batch.documents == PADDING_DOCUMENT).all()
+
+
+def test_a_worker_that_is_killed_is_replaced_where_the_batches_go_on(stream_of: StreamOf) -> None:
+    samples = make(stream_of, "windows")
+    with closing(samples.batches(MicroBatches(0, 4, 4), workers=2)) as batches:
+        found = list(islice(batches, 3))
+        for worker in multiprocessing.active_children():
+            assert worker.pid is not None
+            os.kill(worker.pid, signal.SIGKILL)
+        found += islice(batches, 12)  # more than had been read ahead
+    assert samples.restarts >= 1
+    expected = [samples.read(range(4 * k, 4 * k + 4)) for k in range(15)]
+    assert all(np.array_equal(one.inputs, other.inputs) for one, other in zip(found, expected, strict=True))
+
+
+class _Fatal:
+    """Ends the process that asks for it, unless that is the test's own."""
+
+    def __init__(self) -> None:
+        self.own = os.getpid()
+
+    def __call__(self, k: int) -> range:
+        if os.getpid() != self.own:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return range(k, k + 1)
+
+
+def test_workers_that_always_die_end_with_a_message(
+    stream_of: StreamOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tokenformer.language.pipeline._MOST_RESTARTS", 1)
+    samples = make(stream_of, "windows")
+    with (
+        closing(samples.batches(_Fatal(), workers=1)) as batches,
+        pytest.raises(DataError, match="the 1 processes that read the data died 2 times in a row"),
+    ):
+        next(batches)
+    assert samples.restarts == 1
+
+
+def test_reading_ahead_ends_with_its_iterator(stream_of: StreamOf) -> None:
     def running() -> int:
         return sum(thread.name.startswith("grain") for thread in threading.enumerate())
 
-    windows = TrainingWindows(store_of(1000), 10, 0)
+    samples = make(stream_of, "windows")
     before = running()
-    closed = windows.batches(consecutive(0, 4))
-    dropped = windows.batches(consecutive(0, 4))
+    closed, dropped = (samples.batches(MicroBatches(0, 4, 4)) for _ in range(2))
     next(closed), next(dropped)
     assert running() > before
     closed.close()
@@ -118,55 +170,24 @@ def test_reading_ahead_ends_with_its_iterator(store_of: MakeStore) -> None:
     assert running() == before
 
 
-def test_an_error_while_reading_reaches_the_consumer(
-    store_of: MakeStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    store = store_of(1000)
-    windows = TrainingWindows(store, 10, 0)
-
-    def broken(start: int, stop: int) -> np.ndarray:
-        raise OSError("disk gone")
-
-    monkeypatch.setattr(store, "tokens", broken)
-    with pytest.raises(OSError, match="disk gone"):
-        next(windows.batches(consecutive(0, 4)))
-
-
-def test_a_store_shorter_than_a_window_is_refused(store_of: MakeStore) -> None:
-    assert TrainingWindows(store_of(11), 10, 0).windows_per_epoch == 1
-    with pytest.raises(TokenFormerError, match=r"holds 10 tokens, expected at least 11 \(sequence_length 10"):
-        TrainingWindows(store_of(10), 10, 0)
-    with pytest.raises(TokenFormerError, match="holds 1 tokens, expected at least 2"):
-        ValidationWindows(store_of(1), 10)
-
-
-@pytest.mark.parametrize("seed", [-1, 2**32])
-def test_seeds_out_of_range_are_refused(store_of: MakeStore, seed: int) -> None:
-    with pytest.raises(TokenFormerError, match=f"seed: found {seed}, expected"):
-        TrainingWindows(store_of(20), 10, seed)
-
-
-def test_samples_count_from_zero(store_of: MakeStore) -> None:
-    with pytest.raises(IndexError):
-        TrainingWindows(store_of(20), 10, 0)[-1]
-
-
-@settings(deadline=None)
-@given(length=lengths, t=windows_of, limit=st.one_of(st.none(), st.integers(1, 400)))
-def test_validation_predicts_every_token_but_the_first_once(
-    store_of: MakeStore, length: int, t: int, limit: int | None
-) -> None:
-    windows = ValidationWindows(store_of(length), t, limit)
-    expected = np.arange(1, length)[:limit]
-    assert windows.num_targets == len(expected)
-    found = [windows[i] for i in range(len(windows))]
-    assert all(inputs.shape == targets.shape == (t,) for inputs, targets in found)
-    targets = np.concatenate([window.targets for window in found])
-    inputs = np.concatenate([window.inputs for window in found])
-    counted = targets != IGNORED
-    assert targets[counted].tolist() == expected.tolist()
-    assert inputs[counted].tolist() == (expected - 1).tolist()
-    assert counted[: len(expected)].all()
-    assert not inputs[~counted].any()
-    with pytest.raises(IndexError):
-        windows[len(windows)]
+@pytest.mark.parametrize("workers", [0, 1])
+def test_good_batches_come_before_the_error(stream_of: StreamOf, tmp_path, workers: int) -> None:  # type: ignore[no-untyped-def]
+    """A shard is cut off: every batch before its hole still comes, then the error names file and byte."""
+    original = stream_of(300)
+    for suffix in (".bin", ".idx"):
+        shutil.copy(f"{original.prefix}{suffix}", tmp_path / f"train{suffix}")
+    samples = TrainingSamples([StreamWindows(TokenStream(tmp_path, "train"), T)], [1], 0)
+    expected = [samples.read(range(k, k + 1)) for k in range(29)]
+    os.truncate(tmp_path / "train.bin", 4 * 200)
+    intact = next(k for k, batch in enumerate(expected) if batch.targets.max() >= 200)
+    found: list[TokenBatch] = []
+    with (
+        closing(samples.batches(MicroBatches(0, 1, 1), workers=workers)) as batches,
+        pytest.raises(
+            DataError, match=r"train\.bin: cut off: holds 800 bytes, expected 1200, while reading at byte"
+        ),
+    ):
+        found.extend(batches)
+    assert len(found) <= intact
+    assert workers or len(found) == intact
+    assert all(np.array_equal(one.inputs, other.inputs) for one, other in zip(found, expected, strict=False))

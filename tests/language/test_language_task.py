@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import closing
 from itertools import islice
+from pathlib import Path
 
 import pytest
 import tokenizers
@@ -12,9 +14,10 @@ import torch
 
 from tokenformer.errors import TokenFormerError
 from tokenformer.language.data_directory import DataDirectory
+from tokenformer.language.data_mixture import DataMixture
 from tokenformer.language.prepare import prepare
 from tokenformer.language.scoring import Evaluation, score
-from tokenformer.language.task import LanguageModelingTask
+from tokenformer.language.task import LanguageModelingTask, Packing
 from tokenformer.models.base import LanguageModel
 from tokenformer.models.registry import build_model
 from tokenformer.models.tokenformer.config import TokenFormerConfig
@@ -71,16 +74,29 @@ def scored_text_bytes(data: DataDirectory, tokens: torch.Tensor) -> int:
     return sum(len(backend.id_to_token(id) or "") for id in ids)
 
 
-def test_batches_are_shifted_windows_from_any_sample(data: DataDirectory) -> None:
+def test_batches_are_the_samples_as_tensors(data: DataDirectory) -> None:
     task = LanguageModelingTask(data, 8, seed=5)
-    batches = task.batches(lambda k: range(1000 + 3 * k, 1003 + 3 * k))
-    for number, batch in enumerate(islice(batches, 2)):
-        assert batch.inputs.shape == batch.targets.shape == (3, 8)
-        assert batch.inputs.dtype == batch.targets.dtype == torch.int64
-        for row in range(3):
-            sample = torch.from_numpy(task.windows[1000 + 3 * number + row])
-            assert torch.equal(batch.inputs[row], sample[:-1])
-            assert torch.equal(batch.targets[row], sample[1:])
+    with closing(task.batches(lambda k: range(1000 + 3 * k, 1003 + 3 * k))) as batches:
+        for number, batch in enumerate(islice(batches, 2)):
+            assert batch.inputs.shape == batch.targets.shape == (3, 8)
+            assert batch.inputs.dtype == batch.targets.dtype == torch.int64
+            assert batch.documents is None
+            expected = task.samples.read(range(1000 + 3 * number, 1003 + 3 * number))
+            assert torch.equal(batch.inputs, torch.from_numpy(expected.inputs))
+            assert torch.equal(batch.targets, torch.from_numpy(expected.targets))
+            assert torch.equal(batch.inputs[:, 1:], batch.targets[:, :-1])
+    assert task.counters() == {}
+
+
+def test_packed_documents_come_with_their_documents(data: DataDirectory) -> None:
+    task = LanguageModelingTask(data, 64, seed=5, packing="documents")
+    with closing(task.batches(lambda k: range(3 * k, 3 * k + 3))) as batches:
+        batch = next(batches)
+    assert batch.documents is not None
+    assert batch.documents.shape == (3, 64)
+    assert torch.equal(batch.documents == -1, batch.targets == -100)
+    real = batch.documents != -1
+    assert (batch.inputs[real] != data.tokenizer.eos_token_id).all(), "an end is predicted, never read"
 
 
 def test_the_loss_is_the_sum_over_targets_and_its_gradient_that_of_all_logits(
@@ -138,12 +154,34 @@ def test_a_part_of_a_split_counts_its_own_bytes(
     assert found.bytes == scored_text_bytes(data, tokens)
 
 
-def test_the_task_s_evaluation_is_its_score(data: DataDirectory, model: LanguageModel) -> None:
-    task = LanguageModelingTask(data, 10, seed=0)
-    evaluation = task.score(model, device="cpu")
-    assert task.evaluate(model, torch.device("cpu")) == evaluation.metrics()
+@pytest.mark.parametrize("packing", ["windows", "documents"])
+def test_the_task_s_evaluation_is_the_score_of_plain_windows(
+    data: DataDirectory, model: LanguageModel, packing: Packing
+) -> None:
+    task = LanguageModelingTask(data, 10, seed=0, packing=packing)
+    evaluation = score(model, data, sequence_length=10, device="cpu", max_tokens=33)
+    assert task.evaluate(model, torch.device("cpu"), max_tokens=33) == evaluation.metrics()
     assert list(evaluation.metrics()) == ["loss", "perplexity", "bits_per_byte"]
-    assert task.score(model, device="cpu", max_tokens=5).tokens == 5
+
+
+def test_a_mixture_is_evaluated_as_the_text_it_yields(model: LanguageModel, tmp_path: Path) -> None:
+    parts = []
+    for name, text in (("prose", "the cat and the hat "), ("code", "x = résumé(y) ")):
+        lines = [json.dumps({"text": text * (1 + i % 5)}) + "\n" for i in range(60)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+        parts.append(
+            prepare([tmp_path / f"{name}.jsonl"], tmp_path / name, tokenizer="byte", validation_fraction=0.3)
+        )
+    mixture = DataMixture([(parts[0], 3), (parts[1], 1)])
+    found = LanguageModelingTask(mixture, 10, seed=0).evaluate(model, "cpu")
+    prose, code = (score(model, part, sequence_length=10, device="cpu") for part in parts)
+    loss = 0.75 * prose.loss + 0.25 * code.loss
+    assert found["loss/prose"] == pytest.approx(prose.loss)
+    assert found["loss/code"] == pytest.approx(code.loss)
+    assert found["loss"] == pytest.approx(loss)
+    assert found["perplexity"] == pytest.approx(math.exp(loss))
+    bytes_a_token = 0.75 * prose.bytes / prose.tokens + 0.25 * code.bytes / code.tokens
+    assert found["bits_per_byte"] == pytest.approx(loss / math.log(2) / bytes_a_token)
 
 
 @pytest.mark.parametrize("training", [True, False])

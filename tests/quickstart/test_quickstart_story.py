@@ -14,10 +14,9 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import pytest
-import torch
 
 from tokenformer.language.data_directory import DataDirectory
-from tokenformer.language.task import LanguageModelingTask
+from tokenformer.language.scoring import score
 from tokenformer.models.directory import load_model
 from tokenformer.quickstart.plan import RUNS
 from tokenformer.quickstart.results import QuickstartResults
@@ -117,7 +116,7 @@ def test_every_side_has_spent_the_same_within_a_step(story: Story) -> None:
 def test_scores_are_those_of_evaluate(story: Story) -> None:
     data = DataDirectory.open(story.out / "data")
     model = load_model(story.out / "transformer" / "model")
-    values = LanguageModelingTask(data, 16, 0).score(model, device=torch.device("cpu"), max_tokens=256)
+    values = score(model, data, sequence_length=16, device="cpu", max_tokens=256)
     result = read_results(story.out).of("transformer")
     assert (values.bits_per_byte, values.loss) == pytest.approx((result.bits_per_byte, result.loss), rel=1e-6)
 

@@ -16,8 +16,6 @@ from tokenformer.models.directory import load_model
 from tokenformer.models.paths import resolve_model_directory
 from tokenformer.models.registry import load_config
 
-_TOKENS_AT_ONCE = 16384
-
 
 class EvaluationResult(NamedTuple):
     """What was scored, and the counts and measures (:class:`~tokenformer.language.scoring.Evaluation`)."""
@@ -82,7 +80,7 @@ def evaluate_model(
         load_model(directory, device=device),
         opened,
         sequence_length=length,
-        batch_size=batch_size or max(1, _TOKENS_AT_ONCE // length),
+        batch_size=batch_size,
         device=device,
         split=split,
         progress=f"Evaluating {split}" if progress else None,

@@ -6,16 +6,21 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from tokenformer.language.pipeline import IGNORED
+from tokenformer.language.windows import IGNORED
 from tokenformer.models.base import LanguageModel
 from tokenformer.ops.losses import linear_cross_entropy
 
 
 class Batch(NamedTuple):
-    """``inputs`` [b, t] int64, and ``targets`` [b, t] int64: the token after each, -100 where none counts."""
+    """``inputs`` [b, t] int64, and ``targets`` [b, t] int64: the token after each, -100 where none counts.
+
+    ``documents`` [b, t] int64, where several are packed in a row: attention stays inside each and positions count
+    from its start; padding is document -1.
+    """
 
     inputs: Tensor
     targets: Tensor
+    documents: Tensor | None = None
 
 
 class LossSum(NamedTuple):
@@ -28,7 +33,7 @@ class LossSum(NamedTuple):
 
 def loss_sum(model: LanguageModel, batch: Batch) -> LossSum:
     """Cross-entropy of a batch that lies on the model's device; its logits never exist all at once."""
-    hidden = model.hidden(batch.inputs)
+    hidden = model.hidden(batch.inputs, documents=batch.documents)
     weight: Tensor = model.head.weight  # type: ignore[assignment]
     scale = float(model.head.logit_scale)  # type: ignore[arg-type]
     nats = linear_cross_entropy(hidden, weight, batch.targets, logit_scale=scale, ignore_index=IGNORED)

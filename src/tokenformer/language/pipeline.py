@@ -1,15 +1,16 @@
-"""Token streams to windows: shuffled without end for training, each target once for validation."""
+"""Training batches: windows in a pure order, read ahead by a thread or by worker processes."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Generator
-from typing import NamedTuple
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from tokenformer.errors import TokenFormerError
-from tokenformer.language.token_stream import TokenStream
+from tokenformer.errors import DataError
+from tokenformer.language.sample_order import SampleOrder
+from tokenformer.language.windows import IGNORED, PADDING_DOCUMENT, WindowSource
 
 # grain warns on import where JAX is not installed, which it does not need here
 _level = logging.root.manager.disable
@@ -18,135 +19,121 @@ import grain  # noqa: E402
 
 logging.disable(_level)
 
-IGNORED = -100
-"""Target that no loss counts: the padding of the last validation window."""
-
-_LARGEST_SEED = 2**32 - 1
-_LARGEST_EPOCH = 2**32 - 1
 _PREFETCHED_BATCHES = 4
 _ENDLESS = 2**62
+_MOST_RESTARTS = 3
 
 
-class TrainingWindows:
-    """Windows of T + 1 tokens, one every T tokens of the stream, in a shuffled order that never ends.
+class TokenBatch(NamedTuple):
+    """``inputs``, ``targets`` and, of packed documents, ``documents`` [b, T] int64; ``retries``: reads that had to be
+    tried again for it."""
 
-    Sample i is a pure function of (seed, data, T, i) for every i >= 0. The samples of an epoch,
-    ``windows_per_epoch`` from a multiple of it on, hold every window once; each epoch has its own order.
+    inputs: np.ndarray
+    targets: np.ndarray
+    documents: np.ndarray | None
+    retries: int
+
+
+class TrainingSamples:
+    """An endless shuffled sequence of windows from one source or a weighted mixture of several.
+
+    Sample i is a pure function of (seed, data, T, weights, i) for every i >= 0; see
+    :class:`~tokenformer.language.sample_order.SampleOrder`. ``restarts`` counts how often worker processes had
+    to be started anew.
 
     Raises:
-        TokenFormerError: the store is shorter than one window, or the seed is out of range.
+        TokenFormerError: the seed is out of range, or a source has too many windows.
     """
 
-    def __init__(self, store: TokenStream, sequence_length: int, seed: int) -> None:
-        if store.num_tokens < sequence_length + 1:
-            raise TokenFormerError(
-                f"{store.prefix}: holds {store.num_tokens} tokens, expected at least {sequence_length + 1} "
-                f"(sequence_length {sequence_length} + 1)"
-            )
-        if not 0 <= seed <= _LARGEST_SEED:
-            raise TokenFormerError(f"seed: found {seed}, expected a whole number from 0 to {_LARGEST_SEED}")
-        self.sequence_length = sequence_length
-        source = _Windows(store, sequence_length)
-        self.windows_per_epoch = len(source)
-        if self.windows_per_epoch > _LARGEST_EPOCH:
-            raise TokenFormerError(
-                f"{store.prefix}: {self.windows_per_epoch} windows of {sequence_length} tokens, "
-                f"expected at most {_LARGEST_EPOCH}; use a larger sequence_length"
-            )
-        self._samples = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
+    def __init__(self, sources: Sequence[WindowSource], weights: Sequence[float], seed: int) -> None:
+        self._sources = tuple(sources)
+        self._order = SampleOrder([len(source) for source in sources], weights, seed)
+        self._has_documents = any(source.has_documents for source in sources)
+        self.sequence_length = sources[0].sequence_length
+        self.restarts = 0
 
-    def __getitem__(self, i: int) -> np.ndarray:
-        """Sample ``i``: ids [T + 1] int64."""
-        if i < 0:
-            raise IndexError(f"sample {i}; samples count from 0")
-        window: np.ndarray = self._samples[i]
-        return window
+    def read(self, samples: range) -> TokenBatch:
+        """The samples as one batch; where there are none, one row without targets.
 
-    def batches(self, micro_batches: Callable[[int], range]) -> Generator[np.ndarray, None, None]:
-        """Endless batches [b, T + 1] int64: number k holds the samples ``micro_batches(k)``, and none of them where
-        that is empty. They are read ahead in a background thread, which ends when the iterator is closed or
-        dropped."""
-        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=_PREFETCHED_BATCHES)
-        batches = grain.MapDataset.source(_Batches(self, micro_batches))
-        iterator = iter(batches.to_iter_dataset(options))
-        try:
-            yield from iterator
-        finally:
-            iterator.close()
+        Raises:
+            DataError: a file cannot be read any more.
+        """
+        shape = (max(len(samples), 1), self.sequence_length)
+        inputs, targets = np.empty(shape, np.int64), np.empty(shape, np.int64)
+        documents = np.empty(shape, np.int64) if self._has_documents else None
+        if not samples:
+            inputs[:], targets[:] = 0, IGNORED
+            if documents is not None:
+                documents[:] = PADDING_DOCUMENT
+        before = self._retries()
+        for row, sample in enumerate(samples):
+            source, window = self._order[sample]
+            self._sources[source].read(
+                window, inputs[row], targets[row], None if documents is None else documents[row]
+            )
+        return TokenBatch(inputs, targets, documents, self._retries() - before)
+
+    def batches(
+        self, micro_batches: Callable[[int], range], *, workers: int = 0
+    ) -> Generator[TokenBatch, None, None]:
+        """Endless batches: number k holds the samples ``micro_batches(k)``.
+
+        They are read ahead by a thread, or by ``workers`` processes, which end when the iterator is closed or dropped.
+        Processes that die are started anew where the batches go on.
+
+        Raises:
+            DataError: a file cannot be read any more, or workers died several times in a row.
+        """
+        k = failures = 0
+        while True:
+            iterator = self._read_ahead(micro_batches, k, workers)
+            try:
+                while True:
+                    try:
+                        batch = next(iterator)
+                    except RuntimeError as error:  # grain's word for a worker that died
+                        failures += 1
+                        self._require_workers(workers, failures, error)
+                        break
+                    yield TokenBatch(**batch)
+                    k, failures = k + 1, 0
+            finally:
+                iterator.close()
+
+    def _read_ahead(self, micro_batches: Callable[[int], range], first: int, workers: int) -> Any:
+        dataset = grain.MapDataset.source(_Batches(self, micro_batches, first)).to_iter_dataset(
+            grain.ReadOptions(num_threads=1, prefetch_buffer_size=_PREFETCHED_BATCHES)
+        )
+        if workers:
+            dataset = dataset.mp_prefetch(
+                grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=_PREFETCHED_BATCHES)
+            )
+        return iter(dataset)
+
+    def _require_workers(self, workers: int, failures: int, error: RuntimeError) -> None:
+        if not workers:
+            raise error
+        if failures > _MOST_RESTARTS:
+            raise DataError(
+                f"data.num_workers: the {workers} processes that read the data died {failures} times in a row "
+                f"({error}); is there enough memory?"
+            ) from error
+        self.restarts += 1
+
+    def _retries(self) -> int:
+        return sum(source.stream.retries for source in self._sources)
 
 
 class _Batches:
-    """Batch k: the samples ``micro_batches(k)`` [b, T + 1]."""
+    """The batches from number ``first`` on, as grain reads them."""
 
-    def __init__(self, windows: TrainingWindows, micro_batches: Callable[[int], range]) -> None:
-        self._windows = windows
+    def __init__(self, samples: TrainingSamples, micro_batches: Callable[[int], range], first: int) -> None:
+        self._samples = samples
         self._micro_batches = micro_batches
+        self._first = first
 
     def __len__(self) -> int:
         return _ENDLESS
 
-    def __getitem__(self, k: int) -> np.ndarray:
-        samples = [self._windows[i] for i in self._micro_batches(k)]
-        return np.stack(samples) if samples else np.empty((0, self._windows.sequence_length + 1), np.int64)
-
-
-class _Windows:
-    """Window w: ids [T + 1] int64 from token w T on."""
-
-    def __init__(self, store: TokenStream, sequence_length: int) -> None:
-        self._store = store
-        self._length = sequence_length
-
-    def __len__(self) -> int:
-        return (self._store.num_tokens - 1) // self._length
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        start = int(index) * self._length
-        return self._store.tokens(start, start + self._length + 1).astype(np.int64)
-
-
-class Window(NamedTuple):
-    """``inputs`` [T] int64, and ``targets`` [T] int64: the token after each, or ``IGNORED``."""
-
-    inputs: np.ndarray
-    targets: np.ndarray
-
-
-class ValidationWindows:
-    """Windows that hold every token of a stream but the first exactly once as a target, in order.
-
-    The last one is filled up: its inputs with the id 0, its targets with ``IGNORED``. ``max_targets`` ends
-    the stream after so many targets; ``num_targets`` says how many there are.
-
-    Raises:
-        TokenFormerError: the store holds fewer than two tokens, or ``max_targets`` is below 1.
-    """
-
-    def __init__(self, store: TokenStream, sequence_length: int, max_targets: int | None = None) -> None:
-        if store.num_tokens < 2:
-            raise TokenFormerError(f"{store.prefix}: holds {store.num_tokens} tokens, expected at least 2")
-        if max_targets is not None and max_targets < 1:
-            raise TokenFormerError(f"max_tokens: found {max_targets}, expected at least 1")
-        available = store.num_tokens - 1
-        self.num_targets = available if max_targets is None else min(max_targets, available)
-        self._store = store
-        self._length = sequence_length
-
-    def __len__(self) -> int:
-        return -(-self.num_targets // self._length)
-
-    def empty(self) -> Window:
-        """A window without targets."""
-        return Window(np.zeros(self._length, np.int64), np.full(self._length, IGNORED, np.int64))
-
-    def __getitem__(self, index: int) -> Window:
-        """Window ``index``."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"window {index} of {len(self)}")
-        start = index * self._length
-        stop = min(start + self._length, self.num_targets)
-        tokens = self._store.tokens(start, stop + 1).astype(np.int64)
-        window = self.empty()
-        window.inputs[: stop - start] = tokens[:-1]
-        window.targets[: stop - start] = tokens[1:]
-        return window
+    def __getitem__(self, k: int) -> dict[str, Any]:
+        return self._samples.read(self._micro_batches(self._first + int(k)))._asdict()

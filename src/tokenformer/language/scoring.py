@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
@@ -13,12 +13,13 @@ from torch import Tensor
 
 from tokenformer.language.data_directory import DataDirectory
 from tokenformer.language.loss import Batch, loss_sum
-from tokenformer.language.pipeline import ValidationWindows
+from tokenformer.language.windows import ValidationWindows
 from tokenformer.models.base import LanguageModel
 from tokenformer.parallel.share import WHOLE, Share
 from tokenformer.progress import progress_bar
 
 _COUNTED_AT_ONCE = 2**20
+_EVALUATED_TOKENS = 16384
 
 
 class Evaluation(NamedTuple):
@@ -40,7 +41,7 @@ class Evaluation(NamedTuple):
     @property
     def perplexity(self) -> float:
         """exp(loss); infinite where that is too large for a float."""
-        return math.exp(self.loss) if self.loss < 709 else math.inf
+        return _perplexity(self.loss)
 
     @property
     def bits_per_byte(self) -> float:
@@ -52,12 +53,31 @@ class Evaluation(NamedTuple):
         return {"loss": self.loss, "perplexity": self.perplexity, "bits_per_byte": self.bits_per_byte}
 
 
+def _perplexity(loss: float) -> float:
+    return math.exp(loss) if loss < 709 else math.inf
+
+
+def mixture_metrics(evaluations: Sequence[Evaluation], shares: Sequence[float]) -> dict[str, float]:
+    """The three measures of text of which each part has its share of the tokens.
+
+    Loss is the mean of the parts' losses weighted by share; bits per byte is that loss in bits a token over the mean
+    bytes a token, weighted likewise.
+    """
+    loss = sum(share * part.loss for share, part in zip(shares, evaluations, strict=True))
+    rate = sum(share * part.bytes / part.tokens for share, part in zip(shares, evaluations, strict=True))
+    return {
+        "loss": loss,
+        "perplexity": _perplexity(loss),
+        "bits_per_byte": loss / math.log(2) / rate if rate else math.inf,
+    }
+
+
 def score(
     model: LanguageModel,
     data: DataDirectory,
     *,
     sequence_length: int,
-    batch_size: int,
+    batch_size: int | None = None,
     device: torch.device | str,
     split: str = "validation",
     max_tokens: int | None = None,
@@ -66,14 +86,16 @@ def score(
 ) -> Evaluation:
     """Score every token of ``split`` but the first, or the first ``max_tokens`` of these.
 
-    The text is taken in windows of ``sequence_length`` tokens, each predicted from those before it in its
-    window and one; the result does not depend on ``batch_size`` (windows at a time). The model is evaluated
-    as it is on ``device`` and left in the mode it was in. ``progress`` is the title of a progress bar. Of several
-    ranks each does its ``share`` of the batches, and all get the whole result.
+    The text is taken in windows of ``sequence_length`` tokens, each predicted from those before it in its window
+    and one; the result does not depend on ``batch_size`` (windows at a time; by default about 16,384 tokens). The
+    model is evaluated as it is on ``device`` and left in the mode it was in. ``progress`` is the title of a
+    progress bar. Of several ranks each does its ``share`` of the batches, and all get the whole result.
 
     Raises:
         TokenFormerError: there is no such split, or it holds fewer than two tokens.
     """
+    if batch_size is None:
+        batch_size = max(1, _EVALUATED_TOKENS // sequence_length)
     store = data.split(split)
     windows = ValidationWindows(store, sequence_length, max_tokens)
     nats: list[Tensor] = []  # stay on the device until the end, so that it never waits

@@ -44,6 +44,23 @@ class TokenStream:
         """Documents in all shards."""
         return self._document_starts[-1]
 
+    @property
+    def retries(self) -> int:
+        """Reads that had to be tried again in this process."""
+        return sum(shard.retries for shard in self.shards)
+
+    def document_starts(self) -> np.ndarray:
+        """The place of each document in the stream, and the end of the last [documents + 1] int64.
+
+        Raises:
+            DataError: a file cannot be read any more.
+        """
+        parts = [
+            shard.document_starts()[:-1] + first
+            for shard, first in zip(self.shards, self._token_starts, strict=False)
+        ]
+        return np.append(np.concatenate(parts), self.num_tokens)
+
     def document(self, i: int) -> np.ndarray:
         """Ids of document ``i`` [t], its end-of-document id included.
 
@@ -63,11 +80,14 @@ class TokenStream:
         """
         if not 0 <= start <= stop <= self.num_tokens:
             raise IndexError(f"tokens {start} to {stop} of {self.num_tokens}")
+        shard = max(bisect_right(self._token_starts, start, hi=len(self.shards)) - 1, 0)
         parts = []
-        for shard, first in zip(self.shards, self._token_starts, strict=False):
-            low, high = max(start - first, 0), min(stop - first, shard.num_tokens)
-            if low < high:
-                parts.append(shard.tokens(low, high))
+        while start < stop:
+            first, end = self._token_starts[shard : shard + 2]
+            if start < end:
+                parts.append(self.shards[shard].tokens(start - first, min(stop, end) - first))
+                start = min(stop, end)
+            shard += 1
         if len(parts) == 1:
             return parts[0]
         joined = np.concatenate(parts) if parts else np.empty(0, self.dtype)

@@ -20,6 +20,7 @@ from tokenformer.generation.engine import generate
 from tokenformer.growth.measure import logit_change
 from tokenformer.language.data_directory import DataDirectory
 from tokenformer.language.prepare import prepare
+from tokenformer.language.scoring import score
 from tokenformer.language.task import LanguageModelingTask
 from tokenformer.models.directory import load_model
 from tokenformer.quickstart.page import write_report
@@ -158,7 +159,7 @@ def _compare(
     section = plan.run_config("small", out).data
     task = LanguageModelingTask(data, section.sequence_length, section.seed)
     next_step = MicroBatches(before.state.next_sample, section.sequences_per_step, section.sequences_per_step)
-    with closing(task.batches(next_step)) as batches:  # type: ignore[type-var]
+    with closing(task.batches(next_step)) as batches:
         batch = next(batches)
     losses = []
     for model in (before.model.eval(), after.model.eval()):
@@ -180,9 +181,13 @@ def _assess(
     config = plan.run_config(name, out)
     device = find_device(config.parallel.device)
     model = load_model(out / name / "model", device=device)
-    task = LanguageModelingTask(data, config.data.sequence_length, config.data.seed)
-    evaluation = task.score(
-        model, device=device, max_tokens=plan.evaluation_tokens, progress=f"evaluate {TITLES[name]}"
+    evaluation = score(
+        model,
+        data,
+        sequence_length=config.data.sequence_length,
+        device=device,
+        max_tokens=plan.evaluation_tokens,
+        progress=f"evaluate {TITLES[name]}",
     )
     tokenizer = data.tokenizer
     new = generate(

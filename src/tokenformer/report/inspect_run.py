@@ -98,7 +98,7 @@ def _run_table(facts: dict[str, Any], config: RunConfig) -> Table:
     start = config.init_from if config.model is None else f"fresh {config.model.architecture}"
     rows = [
         ("starts from", str(start)),
-        ("data", config.data.path),
+        ("data", ", ".join(part.path for part in config.data.components)),
         ("sequence length", count(config.data.sequence_length)),
         ("tokens a step", count(config.data.batch_tokens)),
         (

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tokenformer.language.data_directory import DatasetInfo
+from tokenformer.language.data_mixture import DataMixture
 from tokenformer.train.config import StageConfig
 from tokenformer.train.state import TrainingState
 
@@ -13,10 +14,14 @@ Facts = dict[str, dict[str, object]]
 
 
 def training_facts(
-    info: DatasetInfo, stages: Sequence[StageConfig], state: TrainingState, metrics: Mapping[str, Any]
+    data: DataMixture, stages: Sequence[StageConfig], state: TrainingState, metrics: Mapping[str, Any]
 ) -> Facts:
     """Sections of :func:`~tokenformer.models.card.model_card`; ``metrics`` are the newest values of each."""
-    facts: Facts = {"Data": _data(info), "Training": _training(state)}
+    facts: Facts = {}
+    for part, share in zip(data.components, data.shares, strict=True):
+        title = "Data" if len(data.components) == 1 else f"Data: {part.name}, {share:.4g} of the samples"
+        facts[title] = _data(part.data.info)
+    facts["Training"] = _training(state)
     for index, stage in enumerate(stages[: state.stage + 1]):
         facts[f"Stage {index}"] = _stage(stage, done=index < state.stage, state=state)
     evaluation = {name[4:]: value for name, value in metrics.items() if name.startswith("val_")}

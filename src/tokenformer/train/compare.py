@@ -19,6 +19,7 @@ _DECISIVE = (
     "tokens",
     "seed",
 )
+_FREE_IN_DATA = ("data.micro_batch_size", "data.num_workers")
 _FREE_IN_STAGES = (
     "name",
     "precision",
@@ -33,7 +34,7 @@ _FREE_IN_STAGES = (
 def require_same_run(former: RunConfig, current: RunConfig, checkpoint: str) -> None:
     """Refuse to go on with a configuration whose result would be another.
 
-    Device, precision, stability, micro-batches, checkpoints, evaluation and logging may change.
+    Device, precision, stability, micro-batches, data workers, checkpoints, evaluation and logging may change.
 
     Raises:
         TokenFormerError: names each field that differs, with both values.
@@ -59,7 +60,7 @@ def _decisive_fields(config: RunConfig) -> Iterator[tuple[str, Any]]:
             for stage in config.stages
         ]
     for name, value in _flatten(values, ""):
-        if value is not None and not name.endswith("data.micro_batch_size"):
+        if value is not None and not name.endswith(_FREE_IN_DATA):
             yield name, value
 
 

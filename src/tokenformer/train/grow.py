@@ -13,8 +13,8 @@ from tokenformer.growth.grow import grow_model
 from tokenformer.growth.measure import logit_change
 from tokenformer.growth.spec import GrowthSpec, grown_config
 from tokenformer.language.data_directory import DataDirectory
-from tokenformer.language.pipeline import ValidationWindows
 from tokenformer.language.tokenizers import load_tokenizer
+from tokenformer.language.windows import ValidationWindows
 from tokenformer.models.base import LanguageModel
 from tokenformer.models.card import model_card
 from tokenformer.models.config import DecoderConfig

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 
 import torch
 
+from tokenformer.errors import DataError
 from tokenformer.parallel.shard import drop_gathered
 from tokenformer.progress import ProgressBar
 from tokenformer.train.clock import TrainingClock
@@ -59,6 +60,7 @@ class StageLoop:
 
         Raises:
             TokenFormerError: several updates in a row were not finite, or the disk refuses.
+            DataError: the data cannot be read any more; the last complete step is saved.
         """
         data = self.stage.data
         first_step = self.state.stage_step
@@ -72,8 +74,8 @@ class StageLoop:
             sizes=data.batch_sizes,
             first_step=first_step,
         )
-        batches = self.step.task.batches(micro_batches)
-        with closing(batches):  # type: ignore[type-var]
+        batches = self.step.task.batches(micro_batches, workers=data.num_workers)
+        with closing(batches), self._saved_on_data_error():  # type: ignore[type-var]
             self._poll()
             while self.state.stage_step < self.stage.steps and self._request.signal_number is None:
                 step, before = self.state.stage_step, self.state.tokens
@@ -86,6 +88,18 @@ class StageLoop:
                     bar.advance(self.state.tokens - before)
                     bar.note(f"loss {self._metrics.latest.get('loss', float('nan')):.3f}")
         return self.state
+
+    @contextmanager
+    def _saved_on_data_error(self) -> Iterator[None]:
+        """Data that cannot be read any more end the run, but not what it has learned."""
+        try:
+            yield
+        except DataError as error:
+            if self._unsaved_steps:
+                self._write_checkpoint()
+            raise DataError(
+                f"{error}; the run is saved after step {self.state.step}: put the data right, then go on with --resume"
+            ) from error
 
     def _advance(self) -> None:
         sequences = self.stage.data.batch_sizes.at(self.state.stage_step)
@@ -130,6 +144,7 @@ class StageLoop:
             values["loss_scale"] = self.state.loss_scale
         if self.state.skipped_steps:
             values["skipped_steps"] = self.state.skipped_steps
+        values.update(self.step.task.counters())
         self._metrics.write(self.state, values)
 
     def _count_skipped(self) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from tokenformer.language.data_directory import DataDirectory
+from tokenformer.language.data_mixture import DataMixture
 from tokenformer.language.task import LanguageModelingTask
 from tokenformer.language.tokenizers import Tokenizer, load_tokenizer
 from tokenformer.models.base import LanguageModel
@@ -109,13 +110,13 @@ def check_optimizers(plan: RunPlan, model: LanguageModel) -> None:
 
 
 def _open_tasks(sections: list[DataConfig]) -> list[LanguageModelingTask]:
-    directories = {
-        path: DataDirectory.open(path) for path in dict.fromkeys(section.path for section in sections)
-    }
-    tasks: dict[tuple[str, int, int], LanguageModelingTask] = {}
+    paths = dict.fromkeys(part.path for section in sections for part in section.components)
+    directories = {path: DataDirectory.open(path) for path in paths}
+    tasks: dict[tuple[object, ...], LanguageModelingTask] = {}
     for section in sections:
         if section.stream not in tasks:
+            mixture = DataMixture([(directories[part.path], part.weight) for part in section.components])
             tasks[section.stream] = LanguageModelingTask(
-                directories[section.path], section.sequence_length, section.seed
+                mixture, section.sequence_length, section.seed, section.packing
             )
     return [tasks[section.stream] for section in sections]

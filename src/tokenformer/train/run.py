@@ -251,8 +251,8 @@ class _Run:
         )
 
     def _card(self, config: DecoderConfig, state: TrainingState, latest: Mapping[str, Any]) -> str:
-        info = self.plan.tasks[state.stage].data.info
-        return model_card(config, training_facts(info, self.plan.stages, state, latest))
+        data = self.plan.tasks[state.stage].data
+        return model_card(config, training_facts(data, self.plan.stages, state, latest))
 
     def _is_finished(self, state: TrainingState) -> bool:
         return state.stage == len(self.plan.stages) - 1 and state.stage_step >= self.plan.stages[-1].steps

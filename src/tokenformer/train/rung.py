@@ -65,7 +65,7 @@ def grow_for_stage(
     before, larger = placement.placed(model, stage), placement.place(grown.model, stage)
     sequences = min(_MEASURED_SEQUENCES, stage.data.sequences_per_forward)
     first = MicroBatches(state.next_sample, sequences, sequences)
-    with closing(task.batches(first)) as batches:  # type: ignore[type-var]
+    with closing(task.batches(first)) as batches:
         batch = to_device(next(batches), placement.device)
     with torch.compiler.set_stance("force_eager"):  # fused kernels of two models round differently
         change = logit_change(before, larger, batch.inputs)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
@@ -32,22 +32,37 @@ class BatchWarmup(StrictModel):
     steps: PositiveInt
 
 
-class DataConfig(StrictModel):
-    """What is trained on. ``path`` is a data directory, relative to the current directory.
+class MixtureComponent(StrictModel):
+    """A data directory and its weight, in any unit: its share of the samples is its part of the sum."""
 
+    path: str
+    weight: PositiveFloat
+
+
+class DataConfig(StrictModel):
+    """What is trained on. ``path`` is a data directory, relative to the current directory; ``mixture`` is several.
+
+    ``packing``: ``windows`` of the stream, in which documents run through, or whole ``documents``, each attending to
+    itself alone. ``num_workers`` processes read the data (0: a thread of the training process); it changes no sample.
     ``batch_tokens`` is the global batch of one optimiser step; ``micro_batch_size`` is how many sequences go
     through the model at once, at most (null: all of them), from which gradient accumulation follows.
     """
 
-    path: str
+    path: str | None = None
+    mixture: Annotated[tuple[MixtureComponent, ...], Field(min_length=1)] | None = None
+    packing: Literal["windows", "documents"] = "windows"
     sequence_length: PositiveInt
     batch_tokens: PositiveInt
     batch_warmup: BatchWarmup | None = None
     micro_batch_size: PositiveInt | None = None
+    num_workers: NonNegativeInt = 0
     seed: Annotated[Int, Field(ge=0, lt=2**32)] = 0
 
     @model_validator(mode="after")
-    def _check_batch(self) -> DataConfig:
+    def _check(self) -> DataConfig:
+        if (self.path is None) == (self.mixture is None):
+            found = "neither" if self.path is None else "both"
+            raise ValueError(f"found {found}, expected exactly one of path, mixture")
         if self.batch_tokens % self.sequence_length:
             raise ValueError(
                 f"batch_tokens {self.batch_tokens} is not a multiple of sequence_length {self.sequence_length}"
@@ -82,20 +97,39 @@ class DataConfig(StrictModel):
         return self.micro_batch_size or self.sequences_per_step
 
     @property
-    def stream(self) -> tuple[str, int, int]:
+    def components(self) -> tuple[MixtureComponent, ...]:
+        """The data directories with their weights; ``path`` alone has weight 1."""
+        if self.mixture is not None:
+            return self.mixture
+        return (MixtureComponent(path=str(self.path), weight=1),)
+
+    @property
+    def stream(self) -> tuple[object, ...]:
         """What the order of samples depends on; a sample index means the same only within one stream."""
-        return self.path, self.sequence_length, self.seed
+        parts = tuple((part.path, part.weight) for part in self.components)
+        return parts, self.packing, self.sequence_length, self.seed
 
 
 class DataOverrides(StrictModel):
-    """The data fields that a stage may change; a field left out is inherited."""
+    """The data fields that a stage may change; a field left out is inherited. ``path`` replaces ``mixture`` and the
+    other way round."""
 
     path: str | None = None
+    mixture: Annotated[tuple[MixtureComponent, ...], Field(min_length=1)] | None = None
+    packing: Literal["windows", "documents"] | None = None
     sequence_length: PositiveInt | None = None
     batch_tokens: PositiveInt | None = None
     batch_warmup: BatchWarmup | None = None
     micro_batch_size: PositiveInt | None = None
+    num_workers: NonNegativeInt | None = None
     seed: Annotated[Int, Field(ge=0, lt=2**32)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _replace_source(cls, values: Any) -> Any:
+        if isinstance(values, dict) and ("path" in values) != ("mixture" in values):
+            return {"path": None, "mixture": None} | values
+        return values
 
 
 class OptimizerConfig(StrictModel):

@@ -28,7 +28,15 @@ class Task(Protocol):
     def batches(self, micro_batches: Callable[[int], range], *, workers: int = 0) -> Iterator[Any]:
         """Endless batches: number k holds the samples ``micro_batches(k)`` (global sample indices), or, where there are
         none, one sequence without targets. ``workers`` processes read ahead (0: a thread of this process does); they
-        change nothing else. ``micro_batches`` is pure and can be pickled."""
+        change nothing else. ``micro_batches`` is pure and can be pickled.
+
+        Raises:
+            DataError: the data cannot be read any more.
+        """
+        ...
+
+    def counters(self) -> dict[str, int]:
+        """Counts of what happened to the data so far, for the metrics, such as reads that were tried again."""
         ...
 
     def loss(self, model: LanguageModel, batch: Any) -> LossSum:
