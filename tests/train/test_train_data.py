@@ -16,7 +16,7 @@ from tokenformer.language import data_file
 from tokenformer.language.prepare import prepare
 from tokenformer.models.directory import load_model
 from tokenformer.report.inspect import inspect_path
-from tokenformer.train.checkpoint import list_checkpoints
+from tokenformer.train.checkpoint.folder import list_checkpoints
 from tokenformer.train.config import RunConfig, parse_run_config
 from tokenformer.train.metrics import read_metrics
 from tokenformer.train.run import train

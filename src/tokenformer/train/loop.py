@@ -54,6 +54,7 @@ class StageLoop:
         self._window_start = state.seconds
         self._flops_per_token = step.model.config.flops_per_token(stage.data.sequence_length)
         self._tokens_logged = state.tokens
+        self._saved_step = state.step
 
     def run(self, bar: ProgressBar | None) -> TrainingState:
         """Train to the end of the stage, or until asked to stop; everything due is done and saved by then.
@@ -95,11 +96,14 @@ class StageLoop:
         try:
             yield
         except DataError as error:
-            if self._unsaved_steps:
+            if self.state.step != self._saved_step:
                 self._write_checkpoint()
-            raise DataError(
-                f"{error}; the run is saved after step {self.state.step}: put the data right, then go on with --resume"
-            ) from error
+            done = (
+                f"the run is saved after step {self.state.step}"
+                if self.state.step
+                else "nothing was learned yet"
+            )
+            raise DataError(f"{error}; {done}: put the data right, then go on with --resume") from error
 
     def _advance(self) -> None:
         sequences = self.stage.data.batch_sizes.at(self.state.stage_step)
@@ -131,6 +135,7 @@ class StageLoop:
         self._count_skipped()
         with self._clock.paused():
             self._save(self.state)
+        self._saved_step = self.state.step
 
     def _log(self) -> None:
         values = self._window.read()  # waits for the device, so the time is that of finished work
