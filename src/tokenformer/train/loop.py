@@ -92,17 +92,15 @@ class StageLoop:
 
     @contextmanager
     def _saved_on_data_error(self) -> Iterator[None]:
-        """Data that cannot be read any more end the run, but not what it has learned."""
+        """Data that cannot be read any more end the run, but not what it has learned. Of several ranks one may fail
+        alone, and a checkpoint takes all of them: then the last one stands."""
         try:
             yield
         except DataError as error:
-            if self.state.step != self._saved_step:
+            if self.state.step != self._saved_step and self.step.world.share.ranks == 1:
                 self._write_checkpoint()
-            done = (
-                f"the run is saved after step {self.state.step}"
-                if self.state.step
-                else "nothing was learned yet"
-            )
+            saved = self._saved_step
+            done = f"the run is saved after step {saved}" if saved else "nothing was learned yet"
             raise DataError(f"{error}; {done}: put the data right, then go on with --resume") from error
 
     def _advance(self) -> None:
