@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 
 from tokenformer.language.loss import Batch, loss_sum
 from tokenformer.models.base import LanguageModel
-from tokenformer.train.activation_checkpointing import apply_activation_checkpointing, recomputed_blocks
+from tokenformer.train.activation_checkpointing import apply_activation_checkpointing
 from tokenformer.train.config import RunConfig
 from tokenformer.train.run import train
 from tokenformer.train.sections import ActivationCheckpointingConfig
@@ -48,10 +48,10 @@ def configured(mode: str) -> ActivationCheckpointingConfig:
 
 
 def test_which_blocks() -> None:
-    assert list(recomputed_blocks(configured("none"), 5)) == []
-    assert list(recomputed_blocks(configured("selective"), 5)) == [1, 3]
-    assert list(recomputed_blocks(ActivationCheckpointingConfig(mode="selective", every=3), 6)) == [2, 5]
-    assert list(recomputed_blocks(configured("full"), 3)) == [0, 1, 2]
+    assert list(configured("none").recomputed_blocks(5)) == []
+    assert list(configured("selective").recomputed_blocks(5)) == [1, 3]
+    assert list(ActivationCheckpointingConfig(mode="selective", every=3).recomputed_blocks(6)) == [2, 5]
+    assert list(configured("full").recomputed_blocks(3)) == [0, 1, 2]
 
 
 @pytest.mark.parametrize("kind", ["gelu", "l2_norm_gelu", "gelu_l2_norm", "softmax", "transformer"])

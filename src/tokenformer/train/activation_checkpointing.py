@@ -14,14 +14,6 @@ from tokenformer.models.base import LanguageModel
 from tokenformer.train.sections import ActivationCheckpointingConfig
 
 
-def recomputed_blocks(config: ActivationCheckpointingConfig, num_blocks: int) -> range:
-    """Which of the blocks 0 to ``num_blocks`` - 1 are computed again: none, every ``every``-th, or all."""
-    if config.mode == "none":
-        return range(0)
-    every = 1 if config.mode == "full" else config.every
-    return range(every - 1, num_blocks, every)
-
-
 def apply_activation_checkpointing(model: LanguageModel, config: ActivationCheckpointingConfig) -> None:
     """Checkpoint ``model.blocks`` as configured, in place; an earlier choice is undone.
 
@@ -29,7 +21,7 @@ def apply_activation_checkpointing(model: LanguageModel, config: ActivationCheck
     then the compiler sees the whole block, and weights are gathered once for recomputation and backward.
     Gradients are bit for bit the same where kernels repeat their sums in the same order.
     """
-    recomputed = recomputed_blocks(config, len(model.blocks))
+    recomputed = config.recomputed_blocks(len(model.blocks))
     for index, block in enumerate(model.blocks):
         block.__dict__.pop("forward", None)
         if index in recomputed:

@@ -234,6 +234,13 @@ class ActivationCheckpointingConfig(StrictModel):
     mode: Literal["none", "selective", "full"] = "none"
     every: PositiveInt = 2
 
+    def recomputed_blocks(self, num_blocks: int) -> range:
+        """Which of the blocks 0 to ``num_blocks`` - 1 are computed again."""
+        if self.mode == "none":
+            return range(0)
+        every = 1 if self.mode == "full" else self.every
+        return range(every - 1, num_blocks, every)
+
 
 class StabilityConfig(StrictModel):
     """What is done about sick training. ``max_nonfinite_steps``: updates left out in a row (loss or gradient not

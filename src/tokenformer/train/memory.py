@@ -1,0 +1,185 @@
+"""How much memory training takes on one device, from sizes alone. No torch here.
+
+What counts is what autograd keeps of each layer (a test adds it up), and what lives beside it at the peak.
+A new path in ``ops`` that keeps other things has its line in :func:`_kept_by_inner`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from tokenformer.models.config import DecoderConfig
+from tokenformer.models.tokenformer.config import ROLES, TokenFormerConfig
+from tokenformer.models.transformer.config import TransformerConfig
+from tokenformer.train.sections import ActivationCheckpointingConfig
+
+_FLOAT = 4
+_LOSS_CHUNK = 16 * 1024 * 1024  # logits held at a time, as in ops.losses
+_MATRICES_AT_ONCE = 16  # that Muon updates together
+
+
+@dataclass(frozen=True)
+class TrainingSetup:
+    """What memory depends on beside the model. ``micro_batch_size``: sequences of one forward pass on one rank;
+    ``accumulates``: whether a step has several of them. ``replicate`` ranks need nothing; ``shard`` ranks divide weights,
+    gradients and moments, ``tensor`` ranks the blocks. ``trained``: the share of the parameters that is not frozen."""
+
+    micro_batch_size: int
+    sequence_length: int
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    compiled: bool = True
+    device_type: str = "cuda"
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    activation_checkpointing: ActivationCheckpointingConfig = ActivationCheckpointingConfig()
+    accumulates: bool = True
+    shard: int = 1
+    tensor: int = 1
+    reshard_after_forward: bool = True
+    trained: float = 1.0
+
+    @property
+    def tokens(self) -> int:
+        """b t of one forward pass."""
+        return self.micro_batch_size * self.sequence_length
+
+    @property
+    def width(self) -> int:
+        """Bytes of a number in the forward pass."""
+        return _FLOAT if self.dtype == "float32" else 2
+
+
+class TrainingMemory(NamedTuple):
+    """Bytes on one device. ``activations``: kept for the backward, with the copies of weights in ``dtype``;
+    ``workspace``: what is needed beside them at the peak; ``peak``: the most at one time, which is less than
+    the sum where gradients grow only as activations go."""
+
+    weights: int
+    gradients: int
+    moments: int
+    activations: int
+    workspace: int
+    peak: int
+
+
+def training_memory(config: DecoderConfig, setup: TrainingSetup) -> TrainingMemory:
+    """Memory of training ``config`` on one device."""
+    blocks = _block_parameters(config) / setup.tensor
+    outer = config.num_parameters() - _block_parameters(config)
+    held = (blocks + outer) / setup.shard
+    weights, gradients = _FLOAT * held, _FLOAT * held * setup.trained
+    per_parameter = 1 if setup.optimizer == "muon" else 2
+    moments = _FLOAT * setup.trained * (per_parameter * blocks + 2 * outer) / setup.shard
+    activations = kept_for_backward(config, setup) + _weight_copies(config, setup)
+    gathered = _gathered(config, setup)
+    workspace = gathered + max(_loss_workspace(config, setup), _backward_workspace(config, setup))
+    embedding_gradient = _FLOAT * config.vocab_size * config.hidden_size
+    after_backward = gradients + max(embedding_gradient + gathered, _muon_workspace(config, setup))
+    before_backward = activations + workspace + (gradients if setup.accumulates else 0)
+    peak = weights + moments + max(before_backward, after_backward)
+    return TrainingMemory(*(round(x) for x in (weights, gradients, moments, activations, workspace, peak)))
+
+
+def kept_for_backward(config: DecoderConfig, setup: TrainingSetup) -> float:
+    """Bytes that autograd keeps of ``model.hidden`` over one forward pass, copies of weights aside."""
+    tokens, d = setup.tokens, config.hidden_size
+    recomputed = len(setup.activation_checkpointing.recomputed_blocks(config.num_hidden_layers))
+    whole = config.num_hidden_layers - recomputed
+    ends = tokens * (_FLOAT * d + 2 * _FLOAT + 8)  # the final norm and the token ids
+    angles = 2 * _FLOAT * setup.sequence_length * config.rotary_dim
+    return whole * _kept_by_block(config, setup) + recomputed * tokens * _FLOAT * d + ends + angles
+
+
+def _kept_by_block(config: DecoderConfig, setup: TrainingSetup) -> float:
+    d, h, width = config.hidden_size, config.num_attention_heads, setup.width
+    is_tokenformer = isinstance(config, TokenFormerConfig)
+    heads = 4 * d * width + _FLOAT * h  # query, key, value, output, and the log-sum-exp of each row
+    if is_tokenformer or setup.tensor == 1:
+        split = 1
+    else:
+        split = setup.tensor  # a Transformer's heads are divided among the ranks
+    if setup.compiled and width == _FLOAT:
+        stream, inputs = (2, 1) if is_tokenformer else (1, 4)
+    elif setup.compiled:
+        stream, inputs = 1, 4
+    else:
+        # the inputs of both norms, in float32; those of the products, of which autocast makes a copy for each
+        stream, inputs = 2, 3 if width == _FLOAT else 5
+    norms = 4 * _FLOAT
+    residual = _FLOAT * stream * d + width * inputs * d + norms
+    return setup.tokens * (residual + heads / split + _kept_by_inner(config, setup))
+
+
+def _kept_by_inner(config: DecoderConfig, setup: TrainingSetup) -> float:
+    """Bytes a token kept between the two products of each layer: scores and weights, or the MLP's features."""
+    if isinstance(config, TransformerConfig):
+        return 2 * setup.width * config.mlp_size / setup.tensor
+    assert isinstance(config, TokenFormerConfig)
+    scores = (3 * config.param_tokens("qkv") + sum(map(config.param_tokens, ROLES[1:]))) / setup.tensor
+    has_norm = config.norm_activation in ("l2_norm_gelu", "gelu_l2_norm")
+    rows = 5 * _FLOAT * (4 if has_norm else 2)
+    if setup.device_type == "cpu" and setup.dtype != "bfloat16" and not setup.compiled:
+        return _FLOAT * scores + rows / 4  # row blocks: the scores alone
+    if setup.compiled:
+        return 2 * (_FLOAT if setup.dtype == "float16" else setup.width) * scores + rows  # scores and weights
+    # the plain definition: each step between scores and weights in float32, and the weights as they are multiplied
+    steps = 3 if has_norm else 1
+    return (_FLOAT * steps + (2 if setup.dtype == "bfloat16" else _FLOAT)) * scores + rows
+
+
+def _weight_copies(config: DecoderConfig, setup: TrainingSetup) -> float:
+    """Copies of the blocks' weights in the forward's dtype, kept from forward to backward."""
+    computed_wide = setup.dtype == "float16" and isinstance(config, TokenFormerConfig)
+    if setup.width == _FLOAT or computed_wide or setup.shard > 1:
+        return 0
+    recomputed = len(setup.activation_checkpointing.recomputed_blocks(config.num_hidden_layers))
+    kept = 1 - max(0, recomputed - 1) / config.num_hidden_layers
+    return setup.width * kept * _block_parameters(config) / setup.tensor
+
+
+def _gathered(config: DecoderConfig, setup: TrainingSetup) -> float:
+    """Whole weights and gradients beside the shards: embedding, norm and head, and the block at hand with the next."""
+    if setup.shard == 1:
+        return 0
+    outer = config.num_parameters() - _block_parameters(config)
+    block = _block_parameters(config) / setup.tensor / config.num_hidden_layers
+    whole = 2 if setup.reshard_after_forward else config.num_hidden_layers
+    width = 2 if setup.dtype == "bfloat16" else _FLOAT
+    return 2 * _FLOAT * outer + whole * width * block + 2 * _FLOAT * block
+
+
+def _loss_workspace(config: DecoderConfig, setup: TrainingSetup) -> float:
+    """The logits of a chunk and what is made of them; the gradients of hidden states and head."""
+    d, v, width = config.hidden_size, config.vocab_size, setup.width
+    logits = min(setup.tokens, max(1, _LOSS_CHUNK // v)) * v
+    scaled = 3 if width == _FLOAT else 4
+    chunk = logits * (scaled * _FLOAT + (width if width != _FLOAT else 0))
+    head = v * d * (_FLOAT + width + (width if width != _FLOAT else 0))
+    return chunk + head + setup.tokens * d * (_FLOAT + 2 * width)
+
+
+def _backward_workspace(config: DecoderConfig, setup: TrainingSetup) -> float:
+    """Gradients inside a layer, and a block that is computed again; the loss's gradient of the head is still there."""
+    d, width = config.hidden_size, setup.width
+    inner = config.mlp_size if isinstance(config, TransformerConfig) else _largest_layer(config)
+    row_blocks = setup.device_type == "cpu" and setup.dtype != "bfloat16" and not setup.compiled
+    inside = 0.0 if row_blocks else setup.tokens * inner / setup.tensor * (2 * width + _FLOAT)
+    again = _kept_by_block(config, setup) if setup.activation_checkpointing.mode != "none" else 0
+    return inside + again + setup.tokens * d * 3 * _FLOAT + 2 * _FLOAT * config.vocab_size * d
+
+
+def _muon_workspace(config: DecoderConfig, setup: TrainingSetup) -> float:
+    if setup.optimizer != "muon":
+        return 0
+    inner = config.mlp_size if isinstance(config, TransformerConfig) else _largest_layer(config)
+    return 3 * _FLOAT * _MATRICES_AT_ONCE * inner * config.hidden_size
+
+
+def _largest_layer(config: DecoderConfig) -> int:
+    assert isinstance(config, TokenFormerConfig)
+    return max(map(config.param_tokens, ROLES))
+
+
+def _block_parameters(config: DecoderConfig) -> int:
+    counts = config.parameter_counts()
+    return counts["attention"] + counts["ffn"]

@@ -1,0 +1,135 @@
+"""The prediction against what autograd really keeps, and its behaviour where nothing can be measured here."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from tokenformer.models.config import DecoderConfig
+from tokenformer.models.registry import build_model
+from tokenformer.models.tokenformer.config import TokenFormerConfig
+from tokenformer.models.transformer.config import TransformerConfig
+from tokenformer.ops import pattention_cpu
+from tokenformer.train.activation_checkpointing import apply_activation_checkpointing
+from tokenformer.train.memory import TrainingSetup, _weight_copies, kept_for_backward, training_memory
+from tokenformer.train.sections import ActivationCheckpointingConfig
+
+KINDS = ["gelu", "l2_norm_gelu", "gelu_l2_norm", "softmax", "transformer"]
+BATCH, LENGTH = 4, 96
+
+
+def make_config(kind: str, **changes: Any) -> DecoderConfig:
+    sizes = {
+        "vocab_size": 256,
+        "hidden_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "rotary_pct": 0.25,
+    }
+    if kind == "transformer":
+        return TransformerConfig(**(sizes | changes))
+    tokens = {"qkv_param_tokens": 72, "proj_param_tokens": 80, "ffn_param_tokens": 256}
+    return TokenFormerConfig(norm_activation=kind, **(sizes | tokens | changes))  # type: ignore[arg-type]
+
+
+def measured(config: DecoderConfig, setup: TrainingSetup) -> int:
+    """Bytes of the storages that the backward of ``model.hidden`` holds, parameters aside."""
+    torch.compiler.reset()
+    model = build_model(config)
+    apply_activation_checkpointing(model, setup.activation_checkpointing)
+    if setup.compiled:
+        for block in model.blocks:
+            block.compile(dynamic=False, backend="aot_eager_decomp_partition")
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    dtype = getattr(torch, setup.dtype)
+    cast = nullcontext() if dtype == torch.float32 else torch.autocast("cpu", dtype=dtype)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), cast:
+        model.hidden(torch.randint(256, (setup.micro_batch_size, setup.sequence_length)))
+    torch.compiler.reset()
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+def predicted(config: DecoderConfig, setup: TrainingSetup) -> float:
+    return kept_for_backward(config, setup) + _weight_copies(config, setup)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+def test_kept_by_eager_layers(
+    kind: str, dtype: Any, device_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if device_type == "cuda":  # the definition, which runs where the row-blocked path does not
+        monkeypatch.setattr(pattention_cpu, "applies", lambda x: False)
+    setup = TrainingSetup(BATCH, LENGTH, dtype, compiled=False, device_type=device_type)
+    config = make_config(kind)
+    assert predicted(config, setup) == pytest.approx(measured(config, setup), rel=0.02)
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_kept_with_activation_checkpointing(mode: Any) -> None:
+    checkpointing = ActivationCheckpointingConfig(mode=mode)
+    setup = TrainingSetup(
+        BATCH,
+        LENGTH,
+        "float32",
+        compiled=False,
+        device_type="cpu",
+        activation_checkpointing=checkpointing,
+    )
+    config = make_config("gelu")
+    assert predicted(config, setup) == pytest.approx(measured(config, setup), rel=0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_kept_by_compiled_layers(kind: str, dtype: Any) -> None:
+    setup = TrainingSetup(BATCH, LENGTH, dtype, compiled=True, device_type="cuda")
+    config = make_config(kind)
+    assert predicted(config, setup) == pytest.approx(measured(config, setup), rel=0.05)
+
+
+def test_what_ranks_share_is_divided() -> None:
+    config = make_config("gelu", vocab_size=128, hidden_size=256, qkv_param_tokens=512)
+    alone = training_memory(config, TrainingSetup(1, 8))
+    sharded = training_memory(config, TrainingSetup(1, 8, shard=4))
+    for name in ("weights", "gradients", "moments"):
+        assert getattr(sharded, name) == pytest.approx(getattr(alone, name) / 4, rel=0.01)
+    split = training_memory(config, TrainingSetup(64, 96, tensor=2))
+    whole = training_memory(config, TrainingSetup(64, 96))
+    assert 0.5 * whole.activations < split.activations < whole.activations
+    assert split.weights < whole.weights
+    assert split.peak < whole.peak
+
+
+def test_muon_keeps_one_moment_for_matrices() -> None:
+    config = make_config("gelu")
+    counts = config.parameter_counts()
+    muon = training_memory(config, TrainingSetup(1, 8, optimizer="muon")).moments
+    assert muon == 4 * (counts["attention"] + counts["ffn"]) + 8 * (counts["embedding"] + counts["norm"])
+
+
+def test_published_450m_fits_where_it_should() -> None:
+    """Orders of magnitude that follow from the published sizes: 450M parameters, 16 bytes each, and activations."""
+    recipe = yaml.safe_load(
+        (Path(__file__).parents[2] / "recipes/published/pile-450m.yaml").read_text(encoding="utf-8")
+    )
+    config = TokenFormerConfig.model_validate(recipe["model"])
+    memory = training_memory(config, TrainingSetup(16, 2048))
+    assert memory.weights == 4 * config.num_parameters()
+    assert memory.weights + memory.gradients + memory.moments == 16 * config.num_parameters()
+    full = ActivationCheckpointingConfig(mode="full")
+    assert training_memory(config, TrainingSetup(16, 2048, activation_checkpointing=full)).peak < memory.peak / 2
