@@ -18,7 +18,7 @@ from tokenformer.train.device import require_memory
 def _run_main(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     """``tokenformer inspect x``, where inspecting raises ``error``."""
 
-    def fail(path: Path) -> None:
+    def fail(path: Path, *options: object) -> None:
         raise error
 
     monkeypatch.setattr("tokenformer.report.inspect.inspect_path", fail)

@@ -77,7 +77,6 @@ def test_a_model_directory(work: Path) -> None:
     assert facts["memory_bytes"] == {
         "weights_float32": 4 * total,
         "weights_bfloat16": 2 * total,
-        "training_adamw_float32": 16 * total,
     }
     products = total - 2 * 32  # the tied embedding is the head; the final norm is no product
     assert facts["flops_per_token"]["training"] == 6 * products + 6 * 2 * 32 * 41
@@ -213,7 +212,11 @@ def test_a_run_that_has_just_begun(work: Path, tmp_path: Path) -> None:
     facts, tables = inspect_path(tmp_path)
     assert facts["metrics"] == {"lines": 0, "latest": {}}
     assert (facts["checkpoints"], facts["model"]) == ([], None)
-    assert [table.title for table in tables] == [f"run: {tmp_path}", "Stages"]
+    assert [table.title for table in tables] == [
+        f"run: {tmp_path}",
+        "Stages",
+        "Memory of training on one device (predicted)",
+    ]
 
 
 def test_sizes_as_people_read_them() -> None:

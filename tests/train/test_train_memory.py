@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,20 @@ import pytest
 import torch
 import yaml
 
+from tokenformer.errors import TokenFormerError
 from tokenformer.models.config import DecoderConfig
 from tokenformer.models.registry import build_model
 from tokenformer.models.tokenformer.config import TokenFormerConfig
 from tokenformer.models.transformer.config import TransformerConfig
 from tokenformer.ops import pattention_cpu
+from tokenformer.parallel.sizes import MeshSizes
 from tokenformer.train.activation_checkpointing import apply_activation_checkpointing
+from tokenformer.train.config import RunConfig
 from tokenformer.train.memory import TrainingSetup, _weight_copies, kept_for_backward, training_memory
+from tokenformer.train.memory_check import check_training_memory
 from tokenformer.train.sections import ActivationCheckpointingConfig
+from tokenformer.train.yaml_source import apply_overrides
+from tokenformer.validation import validate
 
 KINDS = ["gelu", "l2_norm_gelu", "gelu_l2_norm", "softmax", "transformer"]
 BATCH, LENGTH = 4, 96
@@ -132,4 +139,38 @@ def test_published_450m_fits_where_it_should() -> None:
     assert memory.weights == 4 * config.num_parameters()
     assert memory.weights + memory.gradients + memory.moments == 16 * config.num_parameters()
     full = ActivationCheckpointingConfig(mode="full")
-    assert training_memory(config, TrainingSetup(16, 2048, activation_checkpointing=full)).peak < memory.peak / 2
+    assert (
+        training_memory(config, TrainingSetup(16, 2048, activation_checkpointing=full)).peak < memory.peak / 2
+    )
+
+
+def check(config: DecoderConfig, *overrides: str) -> None:
+    values = {
+        "model": config.model_dump(mode="json"),
+        "data": {"path": "x", "sequence_length": 1024, "batch_tokens": 1024 * 4096},
+        "steps": 1,
+    }
+    run = validate(RunConfig, apply_overrides(values, overrides), source="test")
+    check_training_memory(config, run.resolve()[0], torch.device("cpu"), MeshSizes())
+
+
+def test_what_cannot_fit_or_end_is_refused_before_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    pages = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 2**20}  # 4 GiB
+    monkeypatch.setattr(os, "sysconf", pages.__getitem__)
+    config = make_config("gelu", max_position_embeddings=1024)
+    with pytest.raises(TokenFormerError) as caught:
+        check(config)
+    assert "data.micro_batch_size: training 299k parameters, 4096 sequences of 1024 at once, takes" in str(
+        caught.value
+    )
+    assert "activation_checkpointing.mode=full" in str(caught.value)
+    check(config, "data.micro_batch_size=16")
+    with pytest.raises(
+        TokenFormerError, match=r"1000000 forward passes of 1 sequences of 1024 in every step"
+    ):
+        check(config, "data.micro_batch_size=1", "data.batch_tokens=1024000000")
+    huge = make_config("gelu", hidden_size=8192, ffn_param_tokens=100_000, num_hidden_layers=4)
+    with pytest.raises(
+        TokenFormerError, match=r"training 6.58G parameters takes at least .* choose smaller sizes"
+    ):
+        check(huge, "data.micro_batch_size=1", "data.sequence_length=32", "data.batch_tokens=32")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -14,27 +15,75 @@ _EXAMPLES = """
 
 `tokenformer inspect runs/first` : stages, latest metrics, checkpoints
 
+`tokenformer inspect recipes/published/pile-450m.yaml` : stages, parameters, memory of training
+
+`tokenformer inspect runs/first/model --micro-batch-size 16 --devices 8 --activation-checkpointing full`
+
 `tokenformer inspect data/default --json`
 """
 
 
+class _Dtype(StrEnum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class _Mode(StrEnum):
+    none = "none"
+    selective = "selective"
+    full = "full"
+
+
+class _Optimizer(StrEnum):
+    adamw = "adamw"
+    muon = "muon"
+
+
 def inspect(
     path: Annotated[
-        Path, typer.Argument(metavar="PATH", help="A model, run or data directory, or a training checkpoint.")
+        Path,
+        typer.Argument(
+            metavar="PATH", help="A model, run or data directory, a training checkpoint, or a recipe."
+        ),
     ],
+    micro_batch_size: Annotated[
+        int, typer.Option(min=1, help="Memory of training a model: sequences in one forward pass.")
+    ] = 1,
+    sequence_length: Annotated[
+        int | None, typer.Option(min=1, help="The same: tokens of each. Default: the model's context.")
+    ] = None,
+    dtype: Annotated[_Dtype, typer.Option(help="The same: of the forward pass.")] = _Dtype.bfloat16,
+    activation_checkpointing: Annotated[
+        _Mode, typer.Option(help="The same: which blocks are computed again.")
+    ] = _Mode.none,
+    optimizer: Annotated[_Optimizer, typer.Option(help="The same.")] = _Optimizer.adamw,
+    devices: Annotated[int, typer.Option(min=1, help="The same: GPUs that shard the model.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as one JSON object.")] = False,
 ) -> None:
     """Show what a directory holds.
 
     A model: parameters by part, growth history, memory and FLOPs. A run: configuration, stages, latest
-    metrics, checkpoints. A data directory: counts, tokenizer, sample documents.
+    metrics, checkpoints. A data directory: counts, tokenizer, sample documents. Memory of training is predicted for
+    a recipe or run as it says, for a model as the options say.
     """
     import json
+    from functools import partial
 
     from tokenformer.report.inspect import inspect_path
     from tokenformer.report.tables import print_tables
+    from tokenformer.train.memory import TrainingSetup
+    from tokenformer.train.sections import ActivationCheckpointingConfig
 
-    inspection = inspect_path(path)
+    setup = partial(
+        TrainingSetup,
+        micro_batch_size,
+        dtype=dtype.value,
+        activation_checkpointing=ActivationCheckpointingConfig(mode=activation_checkpointing.value),
+        optimizer=optimizer.value,
+        shard=devices,
+    )
+    inspection = inspect_path(path, lambda context: setup(sequence_length or context))
     if as_json:
         print(json.dumps(inspection.data, indent=2, ensure_ascii=False))
     else:

@@ -1,7 +1,8 @@
-"""What ``inspect`` shows of a model, run, checkpoint or data directory. No torch here."""
+"""What ``inspect`` shows of a model, run, checkpoint or data directory, or of a recipe. No torch here."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,8 +11,14 @@ from tokenformer.language.data_directory import DATASET_FILE
 from tokenformer.models.paths import is_model_directory
 from tokenformer.report.inspect_data import describe_data
 from tokenformer.report.inspect_model import describe_model
-from tokenformer.report.inspect_run import describe_checkpoint, describe_run, is_run_directory
+from tokenformer.report.inspect_run import (
+    describe_checkpoint,
+    describe_recipe,
+    describe_run,
+    is_run_directory,
+)
 from tokenformer.report.tables import Table
+from tokenformer.train.memory import TrainingSetup
 from tokenformer.train.state import is_checkpoint
 
 
@@ -22,8 +29,9 @@ class Inspection(NamedTuple):
     tables: list[Table]
 
 
-def inspect_path(path: Path | str) -> Inspection:
-    """Describe what lies at ``path``.
+def inspect_path(path: Path | str, setup: Callable[[int], TrainingSetup] | None = None) -> Inspection:
+    """Describe what lies at ``path``; ``setup`` (of the model's context) says for which training
+    the memory of a model is predicted.
 
     Raises:
         TokenFormerError: nothing of ours is there, or it is damaged.
@@ -34,11 +42,13 @@ def inspect_path(path: Path | str) -> Inspection:
     if (path / DATASET_FILE).is_file():
         return Inspection(*describe_data(path))
     if is_model_directory(path):
-        return Inspection(*describe_model(path))
+        return Inspection(*describe_model(path, setup))
     if is_run_directory(path):
         return Inspection(*describe_run(path))
+    if path.suffix in (".yaml", ".yml") and path.is_file():
+        return Inspection(*describe_recipe(path))
     found = "a file" if path.is_file() else "none of their files" if path.is_dir() else "nothing"
     raise TokenFormerError(
         f"{path}: found {found}; expected a model directory (config.json), a run directory (config.yaml), "
-        f"a training checkpoint (state.json) or a data directory ({DATASET_FILE})"
+        f"a training checkpoint (state.json), a data directory ({DATASET_FILE}) or a recipe (.yaml)"
     )

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +18,7 @@ from tokenformer.models.registry import load_config
 from tokenformer.models.tokenformer.config import ROLES, TokenFormerConfig
 from tokenformer.progress import short_number
 from tokenformer.report.tables import Table, byte_size, count
+from tokenformer.train.memory import TrainingMemory, TrainingSetup, training_memory
 
 _OVERVIEW = (
     "vocab_size",
@@ -27,7 +31,6 @@ _OVERVIEW = (
     "position_embedding",
     "tie_word_embeddings",
 )
-_ADAMW_BYTES = 16  # float32 weight, gradient and two moments
 
 
 class TensorHeader(NamedTuple):
@@ -37,8 +40,11 @@ class TensorHeader(NamedTuple):
     shape: tuple[int, ...]
 
 
-def describe_model(path: Path) -> tuple[dict[str, Any], list[Table]]:
-    """Facts and tables of a model directory.
+def describe_model(
+    path: Path, setup: Callable[[int], TrainingSetup] | None = None
+) -> tuple[dict[str, Any], list[Table]]:
+    """Facts and tables of a model directory; ``setup``, of the model's context, says how it would be trained (by
+    default one sequence of the full context at a time, in bfloat16 on a GPU).
 
     Raises:
         TokenFormerError: missing or damaged configuration or weights.
@@ -46,9 +52,40 @@ def describe_model(path: Path) -> tuple[dict[str, Any], list[Table]]:
     config = load_config(path)
     facts: dict[str, Any] = {"kind": "model", "path": str(path)}
     facts |= describe_config(config)
+    make_setup = setup or partial(TrainingSetup, 1)
+    found = describe_memory("", config, make_setup(config.max_position_embeddings))
+    facts["training_memory"] = [found]
     facts["weights"] = _describe_weights(path, config)
     facts["has_tokenizer"] = (path / "tokenizer.json").is_file()
-    return facts, [_overview_table(facts), *config_tables(facts), _weights_table(facts["weights"])]
+    tables = [_overview_table(facts), *config_tables(facts), memory_table(facts["training_memory"])]
+    return facts, [*tables, _weights_table(facts["weights"])]
+
+
+def describe_memory(name: str, config: DecoderConfig, setup: TrainingSetup) -> dict[str, Any]:
+    """Bytes of training on one device, and what they were predicted for."""
+    values = asdict(setup) | {"activation_checkpointing": setup.activation_checkpointing.mode}
+    return {"name": name, "setup": values, "bytes": training_memory(config, setup)._asdict()}
+
+
+def memory_table(predictions: list[dict[str, Any]]) -> Table:
+    """Predicted memory of training on one device, a column for each setup."""
+    settings = {
+        "sequences at once": "micro_batch_size",
+        "sequence length": "sequence_length",
+        "dtype": "dtype",
+        "compiled": "compiled",
+        "optimizer": "optimizer",
+        "activation checkpointing": "activation_checkpointing",
+        "devices that shard": "shard",
+        "devices that split tokens": "tensor",
+    }
+    rows = [(words, *(str(found["setup"][key]) for found in predictions)) for words, key in settings.items()]
+    rows += [
+        (part, *(byte_size(found["bytes"][part]) for found in predictions)) for part in TrainingMemory._fields
+    ]
+    return Table(
+        "Memory of training on one device (predicted)", ("", *(f["name"] for f in predictions)), rows
+    )
 
 
 def describe_config(config: DecoderConfig) -> dict[str, Any]:
@@ -61,7 +98,6 @@ def describe_config(config: DecoderConfig) -> dict[str, Any]:
         "memory_bytes": {
             "weights_float32": 4 * total,
             "weights_bfloat16": 2 * total,
-            "training_adamw_float32": _ADAMW_BYTES * total,
         },
         "flops_per_token": {
             "context": context,
@@ -96,7 +132,6 @@ def config_tables(facts: dict[str, Any]) -> list[Table]:
     cost = [
         ("weights, float32", byte_size(memory["weights_float32"])),
         ("weights, bfloat16", byte_size(memory["weights_bfloat16"])),
-        ("training with AdamW, float32, activations excluded", byte_size(memory["training_adamw_float32"])),
         (f"training FLOPs a token (context {flops['context']})", short_number(flops["training"])),
         (f"forward FLOPs a token (context {flops['context']})", short_number(flops["forward"])),
     ]

@@ -8,9 +8,11 @@ from typing import Any
 from tokenformer.models.paths import is_model_directory
 from tokenformer.models.registry import load_config
 from tokenformer.progress import short_number
-from tokenformer.report.inspect_model import config_tables, describe_config
+from tokenformer.report.inspect_model import config_tables, describe_config, describe_memory, memory_table
 from tokenformer.report.tables import Table, byte_size, count
 from tokenformer.train.config import CONFIG_FILE, RunConfig, load_run_config
+from tokenformer.train.ladder import model_configs
+from tokenformer.train.memory import stage_setup
 from tokenformer.train.metrics import METRICS_FILE, latest_values, read_metrics
 from tokenformer.train.state import TrainingState, is_checkpoint, read_state
 
@@ -35,9 +37,12 @@ def describe_run(path: Path) -> tuple[dict[str, Any], list[Table]]:
         "stages": _stages(config),
         "metrics": {"lines": len(metrics), "latest": _latest(metrics)},
         "checkpoints": [_checkpoint_facts(found) for found in _checkpoints(path)],
+        "training_memory": _training_memory(config),
         "model": None,
     }
     tables = [_run_table(facts, config), _stage_table(facts["stages"])]
+    if facts["training_memory"]:
+        tables.append(memory_table(facts["training_memory"]))
     if metrics:
         rows = [(name, _value(value)) for name, value in facts["metrics"]["latest"].items()]
         tables.append(Table(f"Latest metrics (of {count(len(metrics))} lines)", ("metric", "value"), rows))
@@ -46,6 +51,29 @@ def describe_run(path: Path) -> tuple[dict[str, Any], list[Table]]:
     if is_model_directory(path / "model"):
         facts["model"] = {"path": str(path / "model"), **describe_config(load_config(path / "model"))}
         tables += config_tables(facts["model"])
+    return facts, tables
+
+
+def describe_recipe(path: Path) -> tuple[dict[str, Any], list[Table]]:
+    """Facts and tables of a recipe: its stages, and the models and memory of training along them.
+
+    Raises:
+        TokenFormerError: no valid recipe.
+    """
+    config = load_run_config(path)
+    facts: dict[str, Any] = {
+        "kind": "recipe",
+        "path": str(path),
+        "config": config.model_dump(mode="json"),
+        "stages": _stages(config),
+        "training_memory": _training_memory(config),
+    }
+    tables = [_run_table(facts, config), _stage_table(facts["stages"])]
+    if config.model is not None:
+        facts["model"] = describe_config(config.model)
+        tables += config_tables(facts["model"])
+    if facts["training_memory"]:
+        tables.append(memory_table(facts["training_memory"]))
     return facts, tables
 
 
@@ -60,6 +88,28 @@ def describe_checkpoint(path: Path) -> tuple[dict[str, Any], list[Table]]:
     rows = [(name, _value(value)) for name, value in facts["state"].items()]
     rows.append(("size", byte_size(facts["bytes"])))
     return facts, [Table(f"training checkpoint: {path}", ("field", "value"), rows), *config_tables(facts)]
+
+
+def _training_memory(config: RunConfig) -> list[dict[str, Any]]:
+    """Predictions for each stage, where the sizes of its model are known; on a GPU unless the CPU is asked for."""
+    if config.model is None:
+        return []
+    stages, on_cpu = config.resolve(), config.parallel.device == "cpu"
+    return [
+        describe_memory(
+            stage.name,
+            model,
+            stage_setup(
+                stage,
+                dtype=("float32" if on_cpu else "bfloat16")
+                if stage.precision.dtype == "auto"
+                else stage.precision.dtype,
+                compiled=not on_cpu if stage.precision.compile == "auto" else stage.precision.compile,
+                device_type="cpu" if on_cpu else "cuda",
+            ),
+        )
+        for stage, model in zip(stages, model_configs(config.model, stages), strict=True)
+    ]
 
 
 def _checkpoints(run: Path) -> list[Path]:
@@ -109,7 +159,7 @@ def _run_table(facts: dict[str, Any], config: RunConfig) -> Table:
         ("device", config.parallel.device),
         ("seed", str(config.seed)),
     ]
-    return Table(f"run: {facts['path']}", ("field", "value"), rows)
+    return Table(f"{facts['kind']}: {facts['path']}", ("field", "value"), rows)
 
 
 def _stage_table(stages: list[dict[str, Any]]) -> Table:

@@ -61,13 +61,16 @@ def rank_device(name: str, launch: Launch) -> torch.device:
     return find_device(f"cuda:{launch.local_rank}")
 
 
-def require_memory(needed: int, device: torch.device, what: str) -> None:
+def require_memory(
+    needed: int, device: torch.device, what: str, advice: str = "choose smaller sizes"
+) -> None:
     """Refuse what cannot fit, instead of being ended by the system in the middle of it.
 
     Args:
         needed: bytes, a lower bound.
         device: whose memory counts; MPS shares the machine's.
         what: opens the message.
+        advice: ends it.
 
     Raises:
         TokenFormerError: ``needed`` is more than the whole memory there.
@@ -79,7 +82,7 @@ def require_memory(needed: int, device: torch.device, what: str) -> None:
     if needed > total:
         raise TokenFormerError(
             f"{what} takes at least {needed / 2**30:.3g} GiB of memory, but {device} has {total / 2**30:.3g} GiB; "
-            "choose smaller sizes"
+            f"{advice}"
         )
 
 

@@ -6,14 +6,18 @@ A new path in ``ops`` that keeps other things has its line in :func:`_kept_by_in
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
 from tokenformer.models.config import DecoderConfig
 from tokenformer.models.tokenformer.config import ROLES, TokenFormerConfig
 from tokenformer.models.transformer.config import TransformerConfig
 from tokenformer.train.sections import ActivationCheckpointingConfig
 
+if TYPE_CHECKING:
+    from tokenformer.train.config import StageConfig
+
+Dtype = Literal["float32", "bfloat16", "float16"]
 _FLOAT = 4
 _LOSS_CHUNK = 16 * 1024 * 1024  # logits held at a time, as in ops.losses
 _MATRICES_AT_ONCE = 16  # that Muon updates together
@@ -22,16 +26,18 @@ _MATRICES_AT_ONCE = 16  # that Muon updates together
 @dataclass(frozen=True)
 class TrainingSetup:
     """What memory depends on beside the model. ``micro_batch_size``: sequences of one forward pass on one rank;
-    ``accumulates``: whether a step has several of them. ``replicate`` ranks need nothing; ``shard`` ranks divide weights,
-    gradients and moments, ``tensor`` ranks the blocks. ``trained``: the share of the parameters that is not frozen."""
+    ``accumulates``: whether a step has several of them. ``shard`` ranks divide weights, gradients and
+    moments, ``tensor`` ranks the blocks. ``trained``: the share of the parameters that is not frozen."""
 
     micro_batch_size: int
     sequence_length: int
-    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    dtype: Dtype = "bfloat16"
     compiled: bool = True
     device_type: str = "cuda"
     optimizer: Literal["adamw", "muon"] = "adamw"
-    activation_checkpointing: ActivationCheckpointingConfig = ActivationCheckpointingConfig()
+    activation_checkpointing: ActivationCheckpointingConfig = field(
+        default_factory=ActivationCheckpointingConfig
+    )
     accumulates: bool = True
     shard: int = 1
     tensor: int = 1
@@ -60,6 +66,36 @@ class TrainingMemory(NamedTuple):
     activations: int
     workspace: int
     peak: int
+
+
+def stage_setup(
+    stage: StageConfig,
+    *,
+    dtype: str,
+    compiled: bool,
+    device_type: str,
+    data: int = 1,
+    shard: int = 1,
+    tensor: int = 1,
+    reshard_after_forward: bool = True,
+) -> TrainingSetup:
+    """What ``stage`` does on one device of a mesh in which ``data`` ranks share each batch."""
+    section, optimizer = stage.data, stage.optimizer
+    share = -(-section.sequences_per_step // data)
+    return TrainingSetup(
+        micro_batch_size=min(share, section.sequences_per_forward),
+        sequence_length=section.sequence_length,
+        dtype=cast(Dtype, dtype),
+        compiled=compiled,
+        device_type=device_type,
+        optimizer=optimizer.name,
+        activation_checkpointing=stage.activation_checkpointing,
+        accumulates=share > section.sequences_per_forward,
+        shard=shard,
+        tensor=tensor,
+        reshard_after_forward=reshard_after_forward,
+        trained=0.0 if optimizer.frozen_groups or optimizer.frozen_roles else 1.0,  # a lower bound
+    )
 
 
 def training_memory(config: DecoderConfig, setup: TrainingSetup) -> TrainingMemory:

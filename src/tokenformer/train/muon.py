@@ -20,6 +20,8 @@ from torch.optim.adamw import adamw
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _EPS = 1e-7
+_MATRICES_AT_ONCE = 16
+"""Their updates exist together; with more ranks than this, as many, so that each has one to work on."""
 
 
 def orthogonalize(matrix: Tensor, steps: int) -> Tensor:
@@ -102,6 +104,11 @@ class Muon(torch.optim.Optimizer):
                 self._step_rest(trained, group["lr"], group["weight_decay"])
 
     def _step_matrices(self, parameters: list[Tensor], lr: float, weight_decay: float) -> None:
+        at_once = max(_MATRICES_AT_ONCE, _ranks_of(parameters[0]))
+        for start in range(0, len(parameters), at_once):
+            self._step_some_matrices(parameters[start : start + at_once], lr, weight_decay)
+
+    def _step_some_matrices(self, parameters: list[Tensor], lr: float, weight_decay: float) -> None:
         updates = [self._momentum_update(parameter) for parameter in parameters]
         finite = 1.0 if self.found_inf is None else 1 - self.found_inf
         for parameter, update in zip(parameters, self._orthogonalized(parameters, updates), strict=True):
@@ -167,6 +174,10 @@ class Muon(torch.optim.Optimizer):
 
 def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _ranks_of(parameter: Tensor) -> int:
+    return parameter.device_mesh.size() if isinstance(parameter, DTensor) else 1
 
 
 def _row_group(parameter: DTensor) -> dist.ProcessGroup | None:

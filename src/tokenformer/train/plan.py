@@ -16,11 +16,11 @@ from tokenformer.models.base import LanguageModel
 from tokenformer.models.config import DecoderConfig
 from tokenformer.models.registry import load_config
 from tokenformer.parallel.sizes import ALONE, MeshSizes, check_tensor_split
-from tokenformer.progress import short_number
 from tokenformer.train.checkpoint.ranks import Ranks
 from tokenformer.train.config import RunConfig, StageConfig
-from tokenformer.train.device import compute_dtype, require_memory
+from tokenformer.train.device import compute_dtype
 from tokenformer.train.ladder import model_configs, num_growth_groups
+from tokenformer.train.memory_check import check_training_memory
 from tokenformer.train.optimizer import check_roles_and_groups
 from tokenformer.train.sections import DataConfig
 from tokenformer.train.start import (
@@ -30,9 +30,6 @@ from tokenformer.train.start import (
     require_same_model,
 )
 from tokenformer.train.state import read_state
-
-_TRAINING_BYTES = 16
-"""A parameter's weight, gradient and two moments, each float32."""
 
 
 @dataclass(frozen=True)
@@ -82,14 +79,9 @@ def make_plan(
         if config.model is not None:
             require_same_model(initial, model_configs(config.model, stages)[first], resume_from)
     models = model_configs(initial, stages, first=first)
-    for model in models:
-        parameters = model.num_parameters()
+    for model, stage in zip(models, stages[first:], strict=True):
         check_tensor_split(model, sizes.tensor)
-        require_memory(
-            _TRAINING_BYTES * parameters // (sizes.shard * sizes.tensor),
-            device,
-            f"model: training {short_number(parameters)} parameters",
-        )
+        check_training_memory(model, stage, device, sizes)
     tasks = _open_tasks([stage.data for stage in stages])
     tokenizer = initial_tokenizer(config) if resume_from is None else load_tokenizer(resume_from)
     for task, model in zip(tasks[first:], models, strict=True):

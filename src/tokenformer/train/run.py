@@ -33,6 +33,7 @@ from tokenformer.train.device import process_settings, rank_device
 from tokenformer.train.interrupts import RunInterrupted, StopRequest, stop_requests
 from tokenformer.train.lock import run_lock
 from tokenformer.train.loop import StageLoop
+from tokenformer.train.memory_check import forward_passes
 from tokenformer.train.metrics import METRICS_FILE, MetricsLog, latest_values, read_metrics
 from tokenformer.train.optimizer import Moments, load_named_state, named_state
 from tokenformer.train.placement import Placement
@@ -41,6 +42,9 @@ from tokenformer.train.rung import grow_for_stage
 from tokenformer.train.start import RunStart, begin, go_on
 from tokenformer.train.state import TrainingState
 from tokenformer.train.step import TrainStep
+
+_MANY_PASSES = 64
+"""Of one step: so many are worth a line, since they may not be meant."""
 
 
 @dataclass(frozen=True)
@@ -278,6 +282,9 @@ class _Run:
             f"{self.plan.out}: {opening} at step {state.step} with {model.config.class_name}, {parameters} parameters, "
             f"on {self.plan.device}{self._describe_ranks()}"
         )
+        passes = forward_passes(self.plan.stages[state.stage], self.world.sizes)
+        if passes >= _MANY_PASSES:
+            self.say(f"each step takes {passes} forward passes (data.batch_tokens, data.micro_batch_size)")
 
     def _describe_ranks(self) -> str:
         sizes = self.world.sizes
