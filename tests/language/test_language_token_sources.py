@@ -192,6 +192,9 @@ def test_damage_is_named_and_never_passed_over(tmp_path: Path, held_out: Path) -
 def test_other_bin_files_are_none(tmp_path: Path) -> None:
     (tmp_path / "a.bin").write_bytes(b"\0\1")
     (tmp_path / "b.txt").write_text("text")
+    (tmp_path / "b.txt.idx").touch()
+    assert list_units(tmp_path / "b.txt")[0].place == tmp_path / "b.txt"
+    (tmp_path / "b.txt.idx").unlink()
     assert [unit.place for unit in list_units(tmp_path)] == [tmp_path / "a.bin", tmp_path / "b.txt"]
     assert [document.text for document in read_documents(tmp_path)] == ["text"]
     write_megatron(tmp_path / "a", [[[5]]])

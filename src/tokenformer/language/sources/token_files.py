@@ -15,8 +15,10 @@ def token_index(path: Path) -> Path | None:
     """The index of the store that ``path`` names by its index, its data or without a suffix; None where it is none."""
     if path.suffix in (INDEX_SUFFIX, DATA_SUFFIX):
         path = path.with_suffix("")
+    elif path.exists():
+        return None
     index = index_path(path)
-    return index if index.is_file() and not path.is_dir() else None
+    return index if index.is_file() else None
 
 
 def read_token_store(index: Path, text_field: str, faults: Faults) -> Iterator[Document]:
