@@ -145,21 +145,24 @@ def _arrange(starts: np.ndarray, lengths: np.ndarray, capacity: int) -> _Plan:
     counts = np.bincount(lengths, minlength=capacity + 1)
     patterns = pack_lengths(counts, capacity)
     by_length = np.argsort(lengths.astype(np.uint16) if capacity < 2**16 else lengths, kind="stable")
-    nexts = np.concatenate(([0], np.cumsum(counts)[:-1]))  # the first piece of each length not yet placed
-    order = np.empty_like(by_length)
+    pool = starts[by_length]
+    nexts = np.concatenate(([0], np.cumsum(counts)[:-1]))  # the first piece in the pool of each length not yet placed
+    placed_starts, placed_lengths = np.empty_like(pool), np.empty(len(pool), np.int32)
     sizes = []
     begin = 0
     for windows, parts in patterns:
         per_window = sum(copies for _, copies in parts)
-        block = order[begin : begin + windows * per_window].reshape(windows, per_window)
+        end = begin + windows * per_window
+        block_starts = placed_starts[begin:end].reshape(windows, per_window)
+        block_lengths = placed_lengths[begin:end].reshape(windows, per_window)
         column = 0
         for length, copies in parts:
-            taken = by_length[nexts[length] : nexts[length] + windows * copies]
-            block[:, column : column + copies] = taken.reshape(windows, copies)
-            nexts[length] += windows * copies
+            first, last = nexts[length], nexts[length] + windows * copies
+            block_starts[:, column : column + copies] = pool[first:last].reshape(windows, copies)
+            block_lengths[:, column : column + copies] = length
+            nexts[length] = last
             column += copies
-        begin += block.size
+        begin = end
         sizes.append(per_window)
     pieces = np.repeat(np.array(sizes, np.int64), [pattern.windows for pattern in patterns])
-    first_pieces = np.concatenate(([0], np.cumsum(pieces)))
-    return _Plan(starts[order], lengths[order], first_pieces)
+    return _Plan(placed_starts, placed_lengths, np.concatenate(([0], np.cumsum(pieces))))
