@@ -46,6 +46,19 @@ def test_pattention(
     assert all(kind in printed for kind in NORM_ACTIVATIONS)
 
 
+def test_pipeline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written = tmp_path / "pipeline.json"
+    sizes = ("--sequence-length", 64, "--tokens", 1e6, "--large-tokens", 2e7, "--batches", 3, "--repeats", 2)
+    run_script(monkeypatch, "pipeline.py", *sizes, "--json", written)
+    values = json.loads(written.read_text())
+    assert list(values["million_tokens_per_second"]) == ["windows", "mixture", "documents", "usual loop"]
+    assert min(values["million_tokens_per_second"].values()) > 0
+    assert len(values["seconds_to_first_batch"]) == 4
+    assert "million tokens/s" in capsys.readouterr().out
+
+
 def test_generate(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

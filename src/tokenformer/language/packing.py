@@ -146,7 +146,9 @@ def _arrange(starts: np.ndarray, lengths: np.ndarray, capacity: int) -> _Plan:
     patterns = pack_lengths(counts, capacity)
     by_length = np.argsort(lengths.astype(np.uint16) if capacity < 2**16 else lengths, kind="stable")
     pool = starts[by_length]
-    nexts = np.concatenate(([0], np.cumsum(counts)[:-1]))  # the first piece in the pool of each length not yet placed
+    nexts = np.concatenate(
+        ([0], np.cumsum(counts)[:-1])
+    )  # the first piece in the pool of each length not yet placed
     placed_starts, placed_lengths = np.empty_like(pool), np.empty(len(pool), np.int32)
     sizes = []
     begin = 0
