@@ -49,6 +49,18 @@ def test_options(run_command, work: Path, tmp_path: Path) -> None:
     assert (found["split"], found["sequence_length"]) == ("train", 9)
 
 
+def test_forms_of_perplexity(run_command, work: Path, tmp_path: Path) -> None:
+    options = ["--sequence-length", 16, "--stride", 4, "--per-document", "--word-perplexity"]
+    done = run_command(
+        "evaluate", work / "model", "--data", work / "data", *options, "--json", tmp_path / "r.json"
+    )
+    assert done.code == 0, done.err
+    assert "perplexity per word" in done.out
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert (found["stride"], found["per_document"]) == (4, True)
+    assert found["word_perplexity"] > found["perplexity"] > 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

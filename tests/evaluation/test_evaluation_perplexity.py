@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from tokenformer.errors import TokenFormerError
-from tokenformer.evaluation.perplexity import evaluate_model
+from tokenformer.evaluation.perplexity import count_words, evaluate_model
 from tokenformer.language.data_directory import DataDirectory
 from tokenformer.language.prepare import prepare
+from tokenformer.models.base import LanguageModel
 from tokenformer.models.directory import load_model, save_model
 from tokenformer.models.registry import build_model
 from tokenformer.models.tokenformer.config import TokenFormerConfig
@@ -106,6 +107,8 @@ def test_wrong_arguments(model: Path, data: DataDirectory, tmp_path: Path) -> No
         evaluate_model(model, data.path, sequence_length=49)
     with pytest.raises(TokenFormerError, match="batch_size is 0"):
         evaluate_model(model, data.path, batch_size=0)
+    with pytest.raises(TokenFormerError, match="stride: found 49, expected 1 to 48"):
+        evaluate_model(model, data.path, stride=49)
     with pytest.raises(TokenFormerError, match="no split 'test'"):
         evaluate_model(model, data.path, split="test")
     with pytest.raises(TokenFormerError, match="no such directory"):
@@ -121,3 +124,80 @@ def test_weights_that_are_not_numbers_are_reported(data: DataDirectory, tmp_path
     damaged = save_model(network, tmp_path / "model", tokenizer=data.tokenizer)
     with pytest.raises(TokenFormerError, match="not finite"):
         evaluate_model(damaged, data.path)
+
+
+def nats_of_texts(network: LanguageModel, texts: list[list[int]], length: int, stride: int) -> float:
+    """Each token after what its window holds before it, one at a time, in float64; windows begin every ``stride``."""
+    nats = 0.0
+    for tokens in texts:
+        for place in range(1, len(tokens)):
+            window = 0 if place <= length else -(-(place - length) // stride)
+            with torch.no_grad():
+                logits = network(torch.tensor([tokens[window * stride : place]])).logits[0, -1].double()
+            nats -= logits.log_softmax(-1)[tokens[place]].item()
+    return nats
+
+
+def test_a_sliding_window(model: Path, data: DataDirectory) -> None:
+    store = data.split("validation")
+    tokens = store.tokens(0, store.num_tokens).tolist()
+    result = evaluate_model(model, data.path, sequence_length=16, stride=5)
+    expected = nats_of_texts(load_model(model), [tokens], 16, 5)
+    assert result.evaluation.nats == pytest.approx(expected, rel=1e-6)
+    assert result.evaluation.tokens == len(tokens) - 1
+    assert evaluate_model(model, data.path, sequence_length=16, stride=16).evaluation == (
+        evaluate_model(model, data.path, sequence_length=16).evaluation
+    )
+
+
+@pytest.mark.parametrize("stride", [None, 7])
+def test_each_document_by_itself(model: Path, data: DataDirectory, stride: int | None) -> None:
+    store = data.split("validation")
+    texts = [[256, *store.document(i).tolist()[:-1]] for i in range(store.num_documents)]
+    for batch_size in (1, 5):
+        result = evaluate_model(
+            model, data.path, sequence_length=20, stride=stride, per_document=True, batch_size=batch_size
+        )
+        expected = nats_of_texts(load_model(model), texts, 20, stride or 20)
+        assert result.evaluation.nats == pytest.approx(expected, rel=1e-6)
+        assert result.evaluation.tokens == sum(map(len, texts)) - len(texts)
+        assert result.evaluation.bytes == data.info.splits["validation"].utf8_bytes
+
+
+def test_perplexity_per_word(model: Path, data: DataDirectory) -> None:
+    result = evaluate_model(model, data.path, word_perplexity=True)
+    store = data.split("validation")
+    words = sum(
+        len(data.tokenizer.decode(store.document(i)).split()) for i in range(store.num_documents)
+    )  # one line each, without a line end
+    assert result.words == words
+    assert result.to_json()["word_perplexity"] == pytest.approx(math.exp(result.evaluation.nats / words))
+
+
+def test_words_of_wikitext_are_its_published_tokens(shared: Path, tmp_path: Path) -> None:
+    wikitext = shared / "data" / "wikitext-2"
+    directory = prepare([f"preset:wikitext-2={wikitext}"], tmp_path / "wikitext")
+    assert count_words(directory, "test") == 245_569
+    assert count_words(directory, "validation") == 217_646
+
+
+def test_wikitext_s_word_perplexity_against_a_plain_computation(
+    make_tokenformer, shared: Path, tmp_path: Path
+) -> None:
+    """All of WikiText-2's validation split would take minutes: its first articles, the whole way by hand."""
+    lines = (shared / "data" / "wikitext-2" / "valid.txt").read_text("utf-8").splitlines(keepends=True)
+    text = "".join(lines[:12])
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    (tmp_path / "other.txt").write_text("other text\n")
+    data = prepare([tmp_path / "other.txt"], tmp_path / "data", validation=[tmp_path / "text.txt"])
+    model = save_model(make_tokenformer(vocab_size=384, seed=3), tmp_path / "model", tokenizer=data.tokenizer)
+    result = evaluate_model(
+        model, data.path, sequence_length=64, stride=32, per_document=True, word_perplexity=True
+    )
+    nats = nats_of_texts(load_model(model), [[256, *text.encode("utf-8")]], 64, 32)
+    words = len(text.replace("\n", " <eos> ").split())
+    assert result.words == words
+    assert result.word_perplexity == pytest.approx(math.exp(nats / words), rel=1e-4)
+    assert result.evaluation.bits_per_byte == pytest.approx(
+        nats / math.log(2) / len(text.encode("utf-8")), rel=1e-6
+    )

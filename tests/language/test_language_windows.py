@@ -53,3 +53,26 @@ def test_validation_predicts_every_token_but_the_first_once(  # type: ignore[no-
     assert not inputs[~counted].any()
     with pytest.raises(IndexError):
         windows[len(windows)]
+
+
+@given(length=lengths, t=windows_of, stride=st.integers(1, 40))
+def test_windows_that_overlap_score_every_target_once(  # type: ignore[no-untyped-def]
+    stream_of, length: int, t: int, stride: int
+) -> None:
+    stride = min(stride, t)
+    windows = ValidationWindows(stream_of(length), t, stride=stride)
+    scored = []
+    for index in range(len(windows)):
+        inputs, targets = windows[index]
+        counted = np.flatnonzero(targets != IGNORED)
+        scored += targets[counted].tolist()
+        # the stream is 0, 1, 2, ...: what stands before a target says how much context it has
+        assert (targets[counted] == inputs[counted] + 1).all()
+        assert inputs[0] == index * stride
+        assert (counted >= (t - stride if index else 0)).all()
+    assert scored == list(range(1, length))
+
+
+def test_a_stride_beyond_the_window_is_refused(stream_of) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(TokenFormerError, match="stride: found 11, expected 1 to 10"):
+        ValidationWindows(stream_of(30), 10, stride=11)

@@ -22,6 +22,8 @@ _EXAMPLES = """
 
 `tokenformer evaluate models/150m --data data/mine --split train --sequence-length 512 --json result.json`
 
+`tokenformer evaluate models/150m --data data/wikitext-2 --split test --stride 512 --word-perplexity`
+
 `tokenformer evaluate models/150m --tasks lambada_openai,hellaswag,piqa,arc_easy,arc_challenge,winogrande`
 
 `tokenformer evaluate models/150m --tasks lambada_jsonl=lambada_test.jsonl --limit 500`
@@ -53,6 +55,22 @@ def evaluate(
         int | None,
         typer.Option(min=1, metavar="T", help="Tokens that the model sees. Default: the model's context."),
     ] = None,
+    stride: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="S",
+            help="Of data: windows overlap, and each but the first scores its last S tokens. Default: no overlap.",
+        ),
+    ] = None,
+    per_document: Annotated[
+        bool,
+        typer.Option("--per-document", help="Of data: each document by itself, as the Pile is evaluated."),
+    ] = False,
+    word_perplexity: Annotated[
+        bool,
+        typer.Option("--word-perplexity", help="Of data: perplexity per word too, as of WikiText."),
+    ] = False,
     batch_size: Annotated[
         int | None,
         typer.Option(min=1, metavar="N", help="Sequences at a time; changes the speed, not the result."),
@@ -82,7 +100,12 @@ def evaluate(
     _check_options(
         data,
         names,
-        of_data={"--split": split},
+        of_data={
+            "--split": split,
+            "--stride": stride,
+            "--per-document": per_document or None,
+            "--word-perplexity": word_perplexity or None,
+        },
         of_tasks={
             "--num-fewshot": num_fewshot,
             "--limit": limit,
@@ -101,6 +124,9 @@ def evaluate(
             data,
             split=split or "validation",
             sequence_length=sequence_length,
+            stride=stride,
+            per_document=per_document,
+            word_perplexity=word_perplexity,
             batch_size=batch_size,
             device=find_device(device),
             progress=True,
@@ -169,6 +195,11 @@ def _print_result(result: EvaluationResult) -> None:
         ("UTF-8 bytes scored", count(evaluation.bytes)),
         ("window (tokens)", count(result.sequence_length)),
     ]
+    if result.stride is not None:
+        rows.append(("stride (tokens)", count(result.stride)))
+    if result.word_perplexity is not None:
+        rows.insert(3, ("perplexity per word", f"{result.word_perplexity:.4f}"))
+        rows.append(("words", count(result.words or 0)))
     print_tables([Table(f"{result.model} on {result.split} of {result.data}", ("measure", "value"), rows)])
 
 

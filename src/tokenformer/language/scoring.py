@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tokenformer.language.data_directory import DataDirectory
 from tokenformer.language.loss import Batch, loss_sum
-from tokenformer.language.windows import ValidationWindows
+from tokenformer.language.windows import IGNORED, DocumentWindows, ScoredWindows, ValidationWindows
 from tokenformer.models.base import LanguageModel
 from tokenformer.parallel.share import WHOLE, Share
 from tokenformer.progress import progress_bar
@@ -81,15 +81,27 @@ def score(
     device: torch.device | str,
     split: str = "validation",
     max_tokens: int | None = None,
+    stride: int | None = None,
+    per_document: bool = False,
     progress: str | None = None,
     share: Share = WHOLE,
 ) -> Evaluation:
     """Score every token of ``split`` but the first, or the first ``max_tokens`` of these.
 
-    The text is taken in windows of ``sequence_length`` tokens, each predicted from those before it in its window
-    and one; the result does not depend on ``batch_size`` (windows at a time; by default about 16,384 tokens). The
-    model is evaluated as it is on ``device`` and left in the mode it was in. ``progress`` is the title of a
-    progress bar. Of several ranks each does its ``share`` of the batches, and all get the whole result.
+    Args:
+        model: evaluated as it is on ``device``, and left in the mode it was in.
+        data: made with the model's tokenizer.
+        sequence_length: the text is taken in windows of so many tokens, each predicted from those before it in its
+            window and one.
+        batch_size: windows at a time, which does not change the result; by default about 16,384 tokens.
+        device: the model's.
+        split: ``train``, ``validation`` or ``test``.
+        max_tokens: targets to score; has no meaning with ``per_document``.
+        stride: windows overlap (:class:`~tokenformer.language.windows.ValidationWindows`).
+        per_document: each document by itself, its first token too and its end not
+            (:class:`~tokenformer.language.windows.DocumentWindows`).
+        progress: the title of a progress bar.
+        share: of several ranks each does its part of the batches, and all get the whole result.
 
     Raises:
         TokenFormerError: there is no such split, or it holds fewer than two tokens.
@@ -97,30 +109,45 @@ def score(
     if batch_size is None:
         batch_size = max(1, _EVALUATED_TOKENS // sequence_length)
     store = data.split(split)
-    windows = ValidationWindows(store, sequence_length, max_tokens)
+    windows: ScoredWindows
+    if per_document:
+        windows = DocumentWindows(store, sequence_length, data.tokenizer.eos_token_id, stride)
+    else:
+        windows = ValidationWindows(store, sequence_length, max_tokens, stride)
     nats: list[Tensor] = []  # stay on the device until the end, so that it never waits
     shown = progress_bar(progress, windows.num_targets, "tokens") if progress else nullcontext()
     with _evaluation_mode(model), torch.no_grad(), shown as bar:
-        left = windows.num_targets
-        for batch in _batches(windows, batch_size, torch.device(device), share):
+        for batch, targets in _batches(windows, batch_size, torch.device(device), share):
             nats.append(loss_sum(model, batch).nats.detach())
             if bar is not None:
-                bar.advance(min(batch.targets.numel(), left))
-                left -= batch.targets.numel()
+                bar.advance(targets * share.ranks)
         total = share.add_up(torch.stack(nats).cpu().double().sum().item())
-    return Evaluation(total, windows.num_targets, _scored_bytes(data, split, windows.num_targets))
+    scored = (
+        data.info.splits[split].utf8_bytes
+        if per_document
+        else _scored_bytes(data, split, windows.num_targets)
+    )
+    return Evaluation(total, windows.num_targets, scored)
 
 
 def _batches(
-    windows: ValidationWindows, batch_size: int, device: torch.device, share: Share
-) -> Iterator[Batch]:
-    """Every ``share.ranks``-th batch; all ranks get as many, the last ones may be without targets."""
+    windows: ScoredWindows, batch_size: int, device: torch.device, share: Share
+) -> Iterator[tuple[Batch, int]]:
+    """Every ``share.ranks``-th batch and its number of targets; all ranks get as many, the last ones may have none.
+
+    Columns behind the last target of a batch are left out.
+    """
     for first in range(0, len(windows), batch_size * share.ranks):
         start = first + share.rank * batch_size
         chosen = [windows[index] for index in range(start, min(start + batch_size, len(windows)))]
         chosen = chosen or [windows.empty()]
-        inputs, targets = (torch.from_numpy(np.stack(part)) for part in zip(*chosen, strict=True))
-        yield Batch(inputs.to(device), targets.to(device))
+        inputs, targets = (np.stack(part) for part in zip(*chosen, strict=True))
+        counted = targets != IGNORED
+        used = int(np.flatnonzero(counted.any(0))[-1]) + 1 if counted.any() else 1
+        batch = Batch(
+            *(torch.from_numpy(part[:, :used]).to(device).contiguous() for part in (inputs, targets))
+        )
+        yield batch, int(counted.sum())
 
 
 def _scored_bytes(data: DataDirectory, split: str, targets: int) -> int:
