@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -49,7 +50,10 @@ class ProgressBar:
 def progress_bar(
     description: str, total: float | None, unit: str, *, done: float = 0
 ) -> Iterator[ProgressBar]:
-    """A bar on standard error while the block runs; nothing is printed when that is not a terminal."""
+    """A bar on standard error while the block runs; nothing is printed when that is not a terminal.
+
+    What is printed meanwhile appears above the bar; standard output that goes elsewhere than to a terminal still does.
+    """
     console = Console(stderr=True)
     columns = [
         TextColumn("{task.description}"),
@@ -61,7 +65,8 @@ def progress_bar(
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     ]
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    shown, apart = console.is_terminal, not sys.stdout.isatty()
+    with Progress(*columns, console=console, disable=not shown, redirect_stdout=not apart) as progress:
         task = progress.add_task(description, total=total, completed=done, unit=unit, note="")  # type: ignore[arg-type]
         yield ProgressBar(progress, task)
 

@@ -16,6 +16,7 @@ from tokenformer.train.device import autocast
 from tokenformer.train.interrupts import StopRequest
 from tokenformer.train.metrics import MetricsLog
 from tokenformer.train.micro_batches import MicroBatches
+from tokenformer.train.speed import Speed, console_line
 from tokenformer.train.state import TrainingState
 from tokenformer.train.step import TrainStep
 from tokenformer.train.window import MetricsWindow
@@ -51,9 +52,9 @@ class StageLoop:
         self._poll = poll
         self._clock = TrainingClock(step.device, state.seconds)
         self._window = MetricsWindow(step.device, stage.stability.max_nonfinite_steps)
-        self._window_start = state.seconds
         self._flops_per_token = step.model.config.flops_per_token(stage.data.sequence_length)
-        self._tokens_logged = state.tokens
+        self._speed = Speed(step.device, step.dtype, step.world.sizes.world)
+        self._logged = state
         self._saved_step = state.step
 
     def run(self, bar: ProgressBar | None) -> TrainingState:
@@ -138,17 +139,21 @@ class StageLoop:
     def _log(self) -> None:
         values = self._window.read()  # waits for the device, so the time is that of finished work
         self._count_skipped()
-        elapsed = self.state.seconds - self._window_start
-        self._window_start = self.state.seconds
-        values["lr"] = self.step.learning_rate(self.state.stage_step - 1)
-        tokens, self._tokens_logged = self.state.tokens - self._tokens_logged, self.state.tokens
-        values["tokens_per_second"] = round(tokens / max(elapsed, 1e-9), 1)
+        state, before = self.state, self._logged
+        self._logged = state
+        seconds, tokens = state.seconds - before.seconds, state.tokens - before.tokens
+        values["lr"] = self.step.learning_rate(state.stage_step - 1)
+        values |= self._speed.read(tokens, state.flops - before.flops, seconds)
+        data = self.stage.data
+        left = data.tokens_before(self.stage.steps) - data.tokens_before(state.stage_step)
+        values["seconds_left"] = round(left * seconds / max(tokens, 1), 1)
         if self.state.loss_scale is not None:
             values["loss_scale"] = self.state.loss_scale
         if self.state.skipped_steps:
             values["skipped_steps"] = self.state.skipped_steps
         values.update(self.step.task.counters())
         self._metrics.write(self.state, values)
+        self._say(console_line(f"{self.stage.name}, step {self.state.step}", values))
 
     def _count_skipped(self) -> None:
         skipped = self.state.skipped_steps + self._window.take_skipped()

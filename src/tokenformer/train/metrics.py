@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from tokenformer.errors import TokenFormerError
 from tokenformer.files import read_text, write_text
+from tokenformer.train.sections import WandbConfig
 from tokenformer.train.state import TrainingState
 
 if TYPE_CHECKING:
     from tokenformer.train.tensorboard import TensorBoardEvents
+    from tokenformer.train.wandb_run import WandbRun
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -62,16 +64,25 @@ def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
 class MetricsLog:
     """Appends metrics; on going on from a checkpoint, lines written after it are dropped first.
 
+    TensorBoard and, where ``wandb`` is given, Weights & Biases (which also shows ``config``) get the same values.
     ``latest`` holds the newest value of every metric. With ``silent`` (all ranks but the first) nothing is written.
     """
 
     def __init__(
-        self, run: Path, *, tensorboard: bool, after: TrainingState | None = None, silent: bool = False
+        self,
+        run: Path,
+        *,
+        tensorboard: bool,
+        wandb: WandbConfig | None = None,
+        config: Mapping[str, Any] | None = None,
+        after: TrainingState | None = None,
+        silent: bool = False,
     ) -> None:
         self.path = run / METRICS_FILE
         self.latest: dict[str, Any] = {}
         self._file: TextIO | None = None
         self._events: TensorBoardEvents | None = None
+        self._wandb: WandbRun | None = None
         if silent:
             return
         if after is not None and self.path.exists():
@@ -82,6 +93,10 @@ class MetricsLog:
 
             purge_step = None if after is None else after.step + 1
             self._events = TensorBoardEvents(run / "tensorboard", purge_step)
+        if wandb is not None:
+            from tokenformer.train.wandb_run import WandbRun
+
+            self._wandb = WandbRun(run, wandb, config or {})
 
     def write(self, state: TrainingState, values: Mapping[str, Any]) -> None:
         """Append one line: the counters of ``state``, then ``values`` (numbers go to TensorBoard too).
@@ -101,6 +116,8 @@ class MetricsLog:
             ) from error
         if self._events is not None:
             self._events.write(state.step, values)
+        if self._wandb is not None:
+            self._wandb.write(state.counters(), values)
 
     def _drop_later_than(self, run: Path, after: TrainingState) -> None:
         kept = [r for r in read_metrics(run) if r["step"] <= after.step and r["stage"] <= after.stage]
@@ -119,3 +136,5 @@ class MetricsLog:
                 self._file.close()
             if self._events is not None:
                 self._events.close()
+            if self._wandb is not None:
+                self._wandb.close(failed=error is not None)

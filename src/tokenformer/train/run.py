@@ -42,6 +42,7 @@ from tokenformer.train.rung import grow_for_stage
 from tokenformer.train.start import RunStart, begin, go_on
 from tokenformer.train.state import TrainingState
 from tokenformer.train.step import TrainStep
+from tokenformer.train.wandb_run import require_wandb
 
 _MANY_PASSES = 64
 """Of one step: so many are worth a line, since they may not be meant."""
@@ -132,12 +133,17 @@ class _Run:
         plan = self.plan
         start = begin(plan.config) if plan.resume_from is None else go_on(plan.resume_from)
         check_optimizers(plan, start.model)
+        logging = plan.stages[0].logging
+        if logging.wandb is not None:
+            require_wandb()
         self.ranks.first(self._open_run_directory)
         if self._is_finished(start.state):
             return self._finish_again(start.state)
         with MetricsLog(
             plan.out,
-            tensorboard=plan.stages[0].logging.tensorboard,
+            tensorboard=logging.tensorboard,
+            wandb=logging.wandb,
+            config=plan.config.model_dump(mode="json"),
             after=start.state if plan.resume_from is not None else None,
             silent=not self.world.is_first,
         ) as metrics:

@@ -273,8 +273,19 @@ class EvaluationConfig(StrictModel):
     batch_size: PositiveInt | None = None
 
 
+class WandbConfig(StrictModel):
+    """Weights & Biases: ``name`` of the run (null: the run directory's), ``entity`` (null: the account's own)."""
+
+    project: str
+    name: str | None = None
+    entity: str | None = None
+    mode: Literal["online", "offline"] = "online"
+
+
 class LoggingConfig(StrictModel):
-    """A line in metrics.jsonl every so many steps; TensorBoard events beside it."""
+    """A line on the console and in metrics.jsonl every so many steps; TensorBoard events beside it, and Weights &
+    Biases (the extra ``wandb``) where it is configured."""
 
     every_steps: PositiveInt = 10
     tensorboard: bool = True
+    wandb: WandbConfig | None = None
