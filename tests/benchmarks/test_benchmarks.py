@@ -123,3 +123,16 @@ def test_quickstart_sweep(tmp_path: Path) -> None:
     again = sweep(tmp_path / "sweep", corpus)
     assert again.returncode == 0, again.stderr
     assert (tmp_path / "sweep" / "results.jsonl").read_text().splitlines() == lines
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+def test_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    written = tmp_path / "load.json"
+    arguments = ("--small", "--repeats", 1, "--cold", "--directory", tmp_path, "--json", written)
+    run_script(monkeypatch, "load.py", *arguments)
+    values = json.loads(written.read_text())
+    assert values["bytes"] > 5e7
+    assert 0.9 < values["added_ratio"] < 1.3  # every page was brought in, and once
+    assert all(seconds > 0 for seconds in values["seconds"].values())
+    assert "cold page cache, median of 1" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["load.json"]

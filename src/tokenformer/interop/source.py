@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from tokenformer.errors import TokenFormerError
 from tokenformer.interop.weights import Weights
 from tokenformer.language.tokenizers import Tokenizer, load_tokenizer
-from tokenformer.models.base import LanguageModel
 from tokenformer.models.card import model_card
 from tokenformer.models.config import DecoderConfig
 from tokenformer.models.directory import save_model
-from tokenformer.models.registry import model_class
+from tokenformer.models.empty import empty_model
 
 
 def tokenizer_beside(directory: Path, rows: int, field: str) -> Tokenizer | None:
@@ -45,8 +43,7 @@ def write_native(
     tokenizer: Tokenizer | None,
 ) -> None:
     """Write the model directory ``target``; its card names ``origin``, what was converted, with the hashes of files."""
-    with torch.device("meta"):  # no weights are drawn only to be replaced
-        model: LanguageModel = model_class(config.architecture)(config)
+    model = empty_model(config)
     model.load_state_dict(state, assign=True)
     facts: dict[str, object] = {
         "converted from": origin,

@@ -16,10 +16,10 @@ from tokenformer.errors import TokenFormerError
 from tokenformer.files import new_directory, write_json, write_text
 from tokenformer.models.base import LanguageModel
 from tokenformer.models.card import model_card
-from tokenformer.models.config import DecoderConfig
+from tokenformer.models.empty import empty_model
 from tokenformer.models.hub import local_or_hub
 from tokenformer.models.paths import weight_files
-from tokenformer.models.registry import load_config, model_class
+from tokenformer.models.registry import load_config
 from tokenformer.models.transformers_files import (
     Tokenizer,
     auto_map,
@@ -59,7 +59,7 @@ def save_model(
             was changed by itself), the tokenizer file is missing, or the disk refuses.
     """
     directory = Path(directory)
-    expected = _shapes(_without_weights(model.config))
+    expected = _shapes(empty_model(model.config))
     _compare(f"{directory}: the weights do not fit the model's configuration", expected, _shapes(model))
     if isinstance(tokenizer, Path) and not tokenizer.is_file():
         raise TokenFormerError(f"{tokenizer}: no such file; expected a tokenizer.json")
@@ -120,7 +120,7 @@ def load_model(
     """
     _require_device(device)
     directory = local_or_hub(directory, revision=revision)
-    model = _without_weights(load_config(directory))
+    model = empty_model(load_config(directory))
     model.load_state_dict(_read_weights(directory, _shapes(model), device, dtype), assign=True)
     return model.eval()
 
@@ -130,12 +130,6 @@ def _require_device(device: torch.device | str) -> None:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise TokenFormerError(f"device: '{device}' cannot be used ({str(error).splitlines()[0]})") from error
-
-
-def _without_weights(config: DecoderConfig) -> LanguageModel:
-    with torch.device("meta"):
-        model: LanguageModel = model_class(config.architecture)(config)
-    return model
 
 
 def _shapes(model: LanguageModel) -> Shapes:
