@@ -3,78 +3,170 @@
     python benchmarks/pattention.py --json pattention.json
 
 Sides, all in one run and taken in turn within each repeat: the six products alone (the floor), ours, the definition
-in plain tensor operations, and the formula as published (no guards). Before timing, ours is checked against float64.
-A ratio is the median over repeats of a side's time over the floor's in the same repeat.
+in plain tensor operations, the formula as published (no guards), and on a GPU that formula under ``torch.compile`` and
+ours with its tokens in four growth groups. Before timing, ours is checked against float64. A ratio is the median over
+repeats of a side's time over the floor's in the same repeat. Without sizes, a GPU runs the shapes of the published
+models' feed-forward layers and of the smallest one's attention.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import platform
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from formula import published_pattention
 from tokenformer.ops.pattention import NORM_ACTIVATIONS, WeightKind, pattention, pattention_reference
 
 Step = Callable[[], object]
+GROUPS = 4
+
+
+class Shape(NamedTuple):
+    rows: int
+    features: int
+    tokens: int
+
+    def __str__(self) -> str:
+        return f"{self.rows} x {self.features}, n = {self.tokens}"
+
+
+GPU_SHAPES = (
+    Shape(65536, 768, 768),
+    Shape(65536, 768, 3072),
+    Shape(65536, 1024, 4096),
+    Shape(32768, 1536, 6144),
+)
+CPU_SHAPES = (Shape(4096, 512, 2048),)
 
 
 def main() -> None:
+    arguments = parse_arguments()
+    torch.set_num_threads(arguments.threads)
+    device = torch.device(arguments.device)
+    dtype = getattr(torch, arguments.dtype)
+    machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{arguments.threads} threads"
+    print(
+        f"{machine}, {arguments.dtype}, torch {torch.__version__}, forward + backward, {arguments.repeats} repeats"
+    )
+    results = []
+    for shape in arguments.shapes or (GPU_SHAPES if device.type == "cuda" else CPU_SHAPES):
+        print(f"\n{shape}", flush=True)
+        for index, kind in enumerate(arguments.kinds):
+            result = measure(shape, kind, arguments.repeats, device, dtype)
+            print_result(result, with_header=index == 0)
+            results.append(result)
+    if arguments.json:
+        about = {"processor": platform.processor() or platform.machine(), "torch": torch.__version__}
+        settings = {name: getattr(arguments, name) for name in ("device", "dtype", "repeats", "threads")}
+        values = {"machine": machine, **about, **settings, "results": results}
+        arguments.json.write_text(json.dumps(values, indent=2) + "\n")
+
+
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rows", type=int, default=4096)
-    parser.add_argument("--features", type=int, default=512)
-    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument(
+        "--shapes", type=parse_shape, nargs="*", metavar="ROWSxFEATURESxTOKENS", help="e.g. 65536x768x3072"
+    )
+    parser.add_argument("--kinds", nargs="*", choices=NORM_ACTIVATIONS, default=list(NORM_ACTIVATIONS))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="bfloat16 on a GPU, else float32")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here as well")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    results = [measure(kind, arguments) for kind in NORM_ACTIVATIONS]
-    print_table(results, arguments)
-    if arguments.json:
-        machine = {"processor": platform.processor() or platform.machine(), "torch": torch.__version__}
-        settings = {name: value for name, value in vars(arguments).items() if name != "json"}
-        arguments.json.write_text(json.dumps({**machine, **settings, "results": results}, indent=2) + "\n")
+    arguments.dtype = arguments.dtype or ("bfloat16" if arguments.device.startswith("cuda") else "float32")
+    return arguments
 
 
-def measure(norm_activation: str, arguments: argparse.Namespace) -> dict[str, object]:
+def parse_shape(text: str) -> Shape:
+    rows, features, tokens = (int(size) for size in text.split("x"))
+    return Shape(rows, features, tokens)
+
+
+def measure(
+    shape: Shape, norm_activation: str, repeats: int, device: torch.device, dtype: torch.dtype
+) -> dict[str, object]:
     """Times of all sides for one kind, in seconds."""
-    n, d = arguments.tokens, arguments.features
+    rows, d, n = shape
     kind = WeightKind(norm_activation, float(n))  # type: ignore[arg-type]
     torch.manual_seed(0)
-    x, grad = torch.randn(arguments.rows, d), torch.randn(arguments.rows, d)
-    key, value = torch.randn(n, d) / math.sqrt(d), torch.randn(n, d) / math.sqrt(n)
-    error = relative_error(kind, x, key, value, grad)
+    sizes = ((rows, d, 1.0), (n, d, d**-0.5), (n, d, n**-0.5), (rows, d, 1.0))
+    x, key, value, grad = (torch.randn(a, b, device=device).mul_(std).to(dtype) for a, b, std in sizes)
+    error, reference_error = errors(kind, x, key, value, grad)
+    if error > max(1e-5 if dtype == torch.float32 else 0, 1.1 * reference_error):
+        raise SystemExit(f"{norm_activation}: differs from float64 by {error:.1e}; nothing was timed")
+
+    def published_formula(x: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return published_pattention(x, key, value, norm_activation)
+
+    def definition(x: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return pattention_reference(x, [key], [value], kind)
+
     sides: dict[str, Step] = {
         "products": lambda: products(x, key, value, grad),
-        "ours": gradients(lambda *t: pattention(t[0], [t[1]], [t[2]], kind), x, key, value, grad),
-        "definition": gradients(
-            lambda *t: pattention_reference(t[0], [t[1]], [t[2]], kind), x, key, value, grad
-        ),
-        "published": gradients(lambda *t: published(*t, norm_activation), x, key, value, grad),
+        "ours": gradients(lambda x, k, v: pattention(x, [k], [v], kind), x, [key], [value], grad),
+        "definition": gradients(definition, x, [key], [value], grad),
+        "published": gradients(published_formula, x, [key], [value], grad),
     }
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(arguments.repeats + 1):  # the first repeat warms up
-        for name, step in sides.items():
-            begin = time.perf_counter()
-            step()
-            times[name].append(time.perf_counter() - begin)
+    if device.type == "cuda":
+        torch.compiler.reset()
+        compiled = torch.compile(published_formula, dynamic=False)
+        sides["compiled"] = gradients(compiled, x, [key], [value], grad)
+        sides["groups"] = gradients(
+            lambda x, *tokens: pattention(x, tokens[:GROUPS], tokens[GROUPS:], kind),
+            x,
+            key.chunk(GROUPS),
+            value.chunk(GROUPS),
+            grad,
+        )
+    times = {name: taken[2:] for name, taken in take_times(sides, repeats + 2, device).items()}  # two warm up
     ratios = {
-        name: statistics.median(a / b for a, b in zip(taken[1:], times["products"][1:], strict=True))
+        name: statistics.median(a / b for a, b in zip(taken, times["products"], strict=True))
         for name, taken in times.items()
     }
-    medians = {name: statistics.median(taken[1:]) for name, taken in times.items()}
-    return {"kind": norm_activation, "error": error, "seconds": medians, "ratio": ratios}
+    medians = {name: statistics.median(taken) for name, taken in times.items()}
+    return {
+        **shape._asdict(),
+        "kind": norm_activation,
+        "error": error,
+        "reference_error": reference_error,
+        "seconds": medians,
+        "ratio": ratios,
+        "floor_tflops": 12 * rows * d * n / medians["products"] / 1e12,
+    }
+
+
+def take_times(sides: dict[str, Step], repeats: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of every side in every repeat; on a GPU by its own clock, without waiting in between."""
+    if device.type != "cuda":
+        times: dict[str, list[float]] = {name: [] for name in sides}
+        for _ in range(repeats):
+            for name, step in sides.items():
+                begin = time.perf_counter()
+                step()
+                times[name].append(time.perf_counter() - begin)
+        return times
+    events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in sides}
+    for _ in range(repeats):
+        for name, step in sides.items():
+            begin_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin_event.record()
+            step()
+            end_event.record()
+            events[name].append((begin_event, end_event))
+    torch.cuda.synchronize()
+    return {name: [a.elapsed_time(b) / 1e3 for a, b in pairs] for name, pairs in events.items()}
 
 
 def products(x: Tensor, key: Tensor, value: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
@@ -85,59 +177,63 @@ def products(x: Tensor, key: Tensor, value: Tensor, grad: Tensor) -> tuple[Tenso
     return out, scores.t() @ grad, weight_grad.t() @ x, weight_grad @ key
 
 
-def gradients(function: Callable[..., Tensor], *tensors: Tensor) -> Step:
-    """Forward and backward of ``function(x, key, value)``; the last tensor is the gradient of its result."""
-    *inputs, grad = tensors
-    leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+def gradients(
+    function: Callable[..., Tensor],
+    x: Tensor,
+    keys: list[Tensor] | tuple[Tensor, ...],
+    values: list[Tensor] | tuple[Tensor, ...],
+    grad: Tensor,
+) -> Step:
+    """Forward and backward of ``function(x, *keys, *values)``."""
+    leaves = [tensor.clone().requires_grad_() for tensor in (x, *keys, *values)]
     return lambda: torch.autograd.grad(function(*leaves), leaves, grad)
 
 
-def published(x: Tensor, key: Tensor, value: Tensor, norm_activation: str) -> Tensor:
-    """The formula of the paper's code, without guards (and ``gelu``, of its JAX edition)."""
-    scores = x @ key.t()
-    n = scores.shape[-1]
-    if norm_activation == "gelu":
-        weights = F.gelu(scores)
-    elif norm_activation == "softmax":
-        exponentials = scores.exp()
-        weights = exponentials / exponentials.norm(p=1, dim=-1, keepdim=True) * n
-    elif norm_activation == "gelu_l2_norm":
-        activated = F.gelu(scores)
-        weights = activated / activated.norm(dim=-1, keepdim=True) * math.sqrt(n)
-    else:
-        weights = F.gelu(scores / scores.norm(dim=-1, keepdim=True) * math.sqrt(n))
-    return weights @ value
-
-
-def relative_error(kind: WeightKind, x: Tensor, key: Tensor, value: Tensor, grad: Tensor) -> float:
-    """Largest difference from float64 over the result and all gradients, relative to each tensor's largest entry."""
+def errors(kind: WeightKind, x: Tensor, key: Tensor, value: Tensor, grad: Tensor) -> tuple[float, float]:
+    """Largest relative error (by norm) over the result and all gradients, of ours and of the definition in the same
+    dtype, both against the definition in float64."""
     rows = slice(0, min(256, x.shape[0]))
-    results = []
-    for dtype in (torch.float32, torch.float64):
-        leaves = [tensor.to(dtype).requires_grad_() for tensor in (x[rows], key, value)]
-        function = pattention if dtype == torch.float32 else pattention_reference
-        out = function(leaves[0], [leaves[1]], [leaves[2]], kind)
-        results.append([out.detach(), *torch.autograd.grad(out, leaves, grad[rows].to(dtype))])
-    error = max(float((a.double() - b).abs().max() / b.abs().max()) for a, b in zip(*results, strict=True))
-    if error > 1e-5:
-        raise SystemExit(f"{kind.norm_activation}: differs from float64 by {error:.1e}; nothing was timed")
-    return error
-
-
-def print_table(results: list[dict], arguments: argparse.Namespace) -> None:
-    print(
-        f"{arguments.rows} x {arguments.features}, n = {arguments.tokens}, float32, {arguments.threads} threads, "
-        f"torch {torch.__version__}, forward + backward, {arguments.repeats} repeats"
-    )
-    print(
-        f"{'kind':14} {'products':>10} {'ours':>10} {'ratio':>7} {'definition':>11} {'published':>10} {'error':>8}"
-    )
-    for result in results:
-        seconds, ratio = result["seconds"], result["ratio"]
-        print(
-            f"{result['kind']:14} {seconds['products'] * 1e3:8.1f}ms {seconds['ours'] * 1e3:8.1f}ms "
-            f"{ratio['ours']:7.3f} {ratio['definition']:11.3f} {ratio['published']:10.3f} {result['error']:8.1e}"
+    exact, *others = (
+        results(path, kind, x[rows], key, value, grad[rows], dtype)
+        for path, dtype in (
+            (pattention_reference, torch.float64),
+            (pattention, x.dtype),
+            (pattention_reference, x.dtype),
         )
+    )
+    ours, reference = (
+        max(float((a.double() - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True))
+        for found in others
+    )
+    return ours, reference
+
+
+def results(
+    path: Callable[..., Tensor],
+    kind: WeightKind,
+    x: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grad: Tensor,
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    leaves = [tensor.to(dtype, copy=True).requires_grad_() for tensor in (x, key, value)]
+    out = path(leaves[0], [leaves[1]], [leaves[2]], kind)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(dtype))]
+
+
+def print_result(result: dict, *, with_header: bool) -> None:
+    seconds, ratio = result["seconds"], result["ratio"]
+    others = [name for name in seconds if name != "products"]
+    if with_header:
+        columns = "".join(f"{name:>12}" for name in others)
+        print(f"{'kind':14} {'products':>10} {'TFLOP/s':>8} {'ours':>10} {columns} {'error':>8}  (ratios)")
+    columns = "".join(f"{ratio[name]:12.3f}" for name in others)
+    print(
+        f"{result['kind']:14} {seconds['products'] * 1e3:8.3f}ms {result['floor_tflops']:8.3g} "
+        f"{seconds['ours'] * 1e3:8.3f}ms {columns} {result['error']:8.1e}",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,9 @@ from tokenformer.models.base import LanguageModel
 from tokenformer.models.registry import build_model
 from tokenformer.models.tokenformer.config import TokenFormerConfig
 from tokenformer.models.transformer.config import TransformerConfig
+
+if not torch.cuda.is_available():  # read when a kernel is defined, so before any is
+    os.environ["TRITON_INTERPRET"] = "1"
 
 settings.register_profile("default", derandomize=True, deadline=None, database=None, max_examples=25)
 settings.load_profile("default")

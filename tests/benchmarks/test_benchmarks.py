@@ -20,6 +20,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 def run_script(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: object) -> None:
     threads = torch.get_num_threads()
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
     monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
     try:
         runpy.run_path(str(BENCHMARKS / name), run_name="__main__")
@@ -31,12 +32,12 @@ def test_pattention(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     written = tmp_path / "pattention.json"
-    sizes = ("--rows", 64, "--features", 16, "--tokens", 24, "--repeats", 2, "--threads", 1)
-    run_script(monkeypatch, "pattention.py", *sizes, "--json", written)
-    values = json.loads(written.read_text())
-    assert (values["rows"], values["features"], values["tokens"]) == (64, 16, 24)
-    assert [result["kind"] for result in values["results"]] == list(NORM_ACTIVATIONS)
-    for result in values["results"]:
+    arguments = ("--shapes", "64x16x24", "--repeats", 2, "--threads", 1, "--device", "cpu")
+    run_script(monkeypatch, "pattention.py", *arguments, "--json", written)
+    results = json.loads(written.read_text())["results"]
+    assert [result["kind"] for result in results] == list(NORM_ACTIVATIONS)
+    for result in results:
+        assert (result["rows"], result["features"], result["tokens"]) == (64, 16, 24)
         assert result["error"] < 1e-5
         assert result["ratio"]["products"] == 1
         assert set(result["seconds"]) == {"products", "ours", "definition", "published"}
@@ -57,6 +58,22 @@ def test_pipeline(
     assert min(values["million_tokens_per_second"].values()) > 0
     assert len(values["seconds_to_first_batch"]) == 4
     assert "million tokens/s" in capsys.readouterr().out
+
+
+def test_train_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written = tmp_path / "train_step.json"
+    sides = ("ours", "formula", "published", "transformer")
+    arguments = ("--models", "tiny", "--repeats", 2, "--device", "cpu", "--sides", *sides)
+    run_script(monkeypatch, "train_step.py", *arguments, "--json", written)
+    results = json.loads(written.read_text())["results"]
+    assert [result["side"] for result in results] == list(sides)
+    assert len({result["parameters"] for result in results[:3]}) == 1
+    assert results[3]["parameters"] == pytest.approx(results[0]["parameters"], rel=0.02)
+    assert results[0]["loss"] == pytest.approx(results[1]["loss"], rel=1e-4)
+    assert min(result["tokens_per_second"] for result in results) > 0
+    assert "transformer" in capsys.readouterr().out
 
 
 def test_generate(

@@ -115,3 +115,48 @@ def test_autocast_takes_products_in_its_dtype() -> None:
     assert torch.equal(loss, narrow)
     loss.backward()
     assert weight.grad.dtype == torch.float32
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
+@pytest.mark.parametrize("v", [1, 11, 4096, 5000])
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+def test_the_kernel_in_the_interpreter(v: int, scale: float) -> None:
+    pytest.importorskip("triton")
+    generator = torch.Generator().manual_seed(0)
+    logits = 5 * torch.randn(6, v, generator=generator)
+    targets = torch.randint(v, (6,), generator=generator)
+    targets[2] = -100
+    expected, expected_grad = losses._rows_plain(logits.double(), targets, scale, -100, True)
+    without, unchanged = losses._rows_by_triton(logits, targets, scale, -100, False)
+    assert unchanged is logits
+    found, grad = losses._rows_by_triton(logits.clone(), targets, scale, -100, True)
+    assert torch.equal(found, without)
+    torch.testing.assert_close(found, expected.float())
+    torch.testing.assert_close(grad, expected_grad.float())
+    targets[0] = v
+    assert losses._rows_by_triton(logits, targets, scale, -100, False)[0].isnan()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("rows", "v"), [(3, 11), (5000, 257), (300, 50304), (12000, 50304)])
+def test_on_a_gpu_it_is_the_definition(dtype: torch.dtype, rows: int, v: int) -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+    hidden = torch.randn(rows, 64, device="cuda", generator=generator).to(dtype).requires_grad_()
+    weight = (torch.randn(v, 64, device="cuda", generator=generator) / 8).to(dtype).requires_grad_()
+    targets = torch.randint(v, (rows,), device="cuda", generator=generator)
+    targets[1::7] = -100
+    found = linear_cross_entropy(hidden, weight, targets, logit_scale=0.8)
+    wide = [t.detach().double().requires_grad_() for t in (hidden, weight)]
+    expected = torch.zeros((), device="cuda", dtype=torch.float64)
+    for part in range(0, rows, 4000):
+        chosen = slice(part, part + 4000)
+        logits = wide[0][chosen] @ wide[1].T * 0.8
+        expected = expected + F.cross_entropy(logits, targets[chosen], reduction="sum")
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(found.double(), expected, rtol=tolerance / 10, atol=0)
+    for a, b in zip(
+        torch.autograd.grad(found, (hidden, weight)), torch.autograd.grad(expected, wide), strict=True
+    ):
+        assert (a.double() - b).norm() <= tolerance * b.norm()

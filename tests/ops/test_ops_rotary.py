@@ -44,3 +44,11 @@ def test_scores_depend_on_the_distance_alone() -> None:
 def test_keeps_the_dtype_of_its_input() -> None:
     x = torch.randn(1, 1, 3, 4, dtype=torch.bfloat16)
     assert apply_rotary(x, *rotary_angles(torch.arange(3)[None], 2, 10000.0)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("rotary_dim", [2, 6])
+def test_the_gradient_is_that_of_the_plain_operations(rotary_dim: int) -> None:
+    x = torch.randn(2, 3, 5, 6, dtype=torch.float64, requires_grad=True)
+    cos, sin = (angle.double() for angle in rotary_angles(torch.arange(5)[None], rotary_dim, 100.0))
+    assert torch.autograd.gradcheck(lambda inputs: apply_rotary(inputs, cos, sin), (x,))
+    assert torch.autograd.gradgradcheck(lambda inputs: apply_rotary(inputs, cos, sin), (x,))

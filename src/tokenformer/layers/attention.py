@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from tokenformer.layers.pattention import project_together
 from tokenformer.ops.attention import causal_attention, document_mask, document_positions
 from tokenformer.ops.rotary import apply_rotary, rotary_angles
 
@@ -67,7 +68,8 @@ class SelfAttention(nn.Module):
         self, x: Tensor, context: AttentionContext, buffer: KeyValueBuffer | None
     ) -> tuple[Tensor, KeyValueBuffer | None]:
         """[b, t, d] -> [b, t, d], and the buffer for the next call where ``context.keep`` asks for it."""
-        query, key, value = (self._split(project(x)) for project in (self.query, self.key, self.value))
+        projected = project_together((self.query, self.key, self.value), x)
+        query, key, value = (self._split(projection) for projection in projected)
         if context.cos is not None and context.sin is not None:
             query = apply_rotary(query, context.cos, context.sin)
             key = apply_rotary(key, context.cos, context.sin)

@@ -11,7 +11,13 @@ from torch import Tensor, nn
 
 from tokenformer.errors import TokenFormerError
 from tokenformer.layers.growth_rules import GrowthInit, check_growth
-from tokenformer.ops.pattention import NORM_ACTIVATIONS, NormActivation, WeightKind, pattention
+from tokenformer.ops.pattention import (
+    NORM_ACTIVATIONS,
+    NormActivation,
+    WeightKind,
+    pattention,
+    pattention_projections,
+)
 
 COPY_NOISE = 0.1
 """Noise on the values of copies, relative to their own root mean square; it sums to zero over the copies."""
@@ -238,3 +244,18 @@ class Pattention(nn.Module):
             raise TokenFormerError(
                 f"group: found {group}, but this layer has groups 0 to {len(self.groups) - 1}"
             )
+
+
+def project_together(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
+    """What the layers make of one input, [..., d_out] each; Pattention layers of one form share their products."""
+    plain = [layer for layer in layers if type(layer) is Pattention and _is_plain(layer)]
+    forms = {(layer.kind, layer.num_param_tokens, layer.in_features, layer.out_features) for layer in plain}
+    if len(plain) != len(layers) or len(forms) > 1:
+        return [layer(x) for layer in layers]
+    keys = [list(layer.key_tokens) for layer in plain]
+    return pattention_projections(x, keys, [list(layer.value_tokens) for layer in plain], plain[0].kind)
+
+
+def _is_plain(layer: Pattention) -> bool:
+    """Whether calling the layer is computing :func:`~tokenformer.ops.pattention.pattention`, and nothing else."""
+    return layer.op is pattention and not layer._forward_hooks and not layer._forward_pre_hooks

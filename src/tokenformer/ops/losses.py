@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import torch
@@ -12,6 +13,9 @@ from torch.autograd.function import once_differentiable
 from tokenformer.ops.autocast import autocast_dtype, without_autocast
 
 _CHUNK_ELEMENTS = 16 * 1024 * 1024  # logits held at a time
+_GPU_CHUNK_ELEMENTS = 256 * 1024 * 1024  # where products of few rows leave most of the device idle
+_GPU_ROW_MULTIPLE = 128  # rows of a product's tile
+_TRITON_BLOCK = 4096
 
 
 def linear_cross_entropy(
@@ -19,7 +23,8 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Sum of the cross-entropies (nats) of ``logit_scale * hidden weight^T`` against ``targets``.
 
-    Rows are taken in chunks whose gradient is formed at once, so at most 16M logits exist at a time.
+    Rows are taken in chunks whose gradient is formed at once, so at most 16M logits exist at a time (256M on a GPU,
+    where one kernel makes loss and gradient of them).
 
     Args:
         hidden: [..., d].
@@ -51,17 +56,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total = hidden.new_zeros((), dtype=wide)
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=wide) if need_weight else None
-        chunk = max(1, _CHUNK_ELEMENTS // weight.shape[0])
-        for start in range(0, hidden.shape[0], chunk):
-            rows = slice(start, start + chunk)
-            logits = (hidden[rows] @ weight.t()).to(wide) * logit_scale
-            log_probabilities = F.log_softmax(logits, dim=-1)
-            total += F.nll_loss(log_probabilities, targets[rows], ignore_index=ignore_index, reduction="sum")
-            if grad_hidden is None and grad_weight is None:
-                continue
-            grad = (
-                _logit_grad(log_probabilities, targets[rows], ignore_index).mul_(logit_scale).to(hidden.dtype)
-            )
+        with_gradient = need_hidden or need_weight
+        rows_loss = _rows_by_triton if _triton_serves(hidden) else _rows_plain
+        for rows in _row_chunks(hidden, weight.shape[0]):
+            logits = hidden[rows] @ weight.t()
+            loss, grad = rows_loss(logits, targets[rows], logit_scale, ignore_index, with_gradient)
+            total += loss
             if grad_hidden is not None:
                 torch.mm(grad, weight, out=grad_hidden[rows])
             if grad_weight is not None:
@@ -81,6 +81,60 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None if g is None else (g.to(grad_loss.dtype) * grad_loss).to(g.dtype) for g in ctx.saved_tensors
         ]
         return grads[0], grads[1], None, None, None
+
+
+def _row_chunks(hidden: Tensor, v: int) -> list[slice]:
+    """Of equal size on a GPU, and there of whole tiles."""
+    rows = hidden.shape[0]
+    size = max(1, _CHUNK_ELEMENTS // v)
+    if hidden.device.type == "cuda" and rows > size:
+        chunks = -(-rows // max(1, _GPU_CHUNK_ELEMENTS // v))
+        size = -(-rows // chunks // _GPU_ROW_MULTIPLE) * _GPU_ROW_MULTIPLE
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+def _rows_plain(
+    logits: Tensor, targets: Tensor, scale: float, ignore_index: int, with_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """Summed loss of a chunk of logits [rows, v], and its gradient [rows, v] where that is wanted."""
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    log_probabilities = F.log_softmax(wide * scale, dim=-1)
+    loss = F.nll_loss(log_probabilities, targets, ignore_index=ignore_index, reduction="sum")
+    if not with_gradient:
+        return loss, logits
+    return loss, _logit_grad(log_probabilities, targets, ignore_index).mul_(scale).to(logits.dtype)
+
+
+def _triton_serves(hidden: Tensor) -> bool:
+    return (
+        hidden.device.type == "cuda"
+        and hidden.dtype != torch.float64
+        and importlib.util.find_spec("triton") is not None
+        and torch.cuda.get_device_capability(hidden.device) >= (8, 0)
+    )
+
+
+def _rows_by_triton(
+    logits: Tensor, targets: Tensor, scale: float, ignore_index: int, with_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """As :func:`_rows_plain`; the gradient takes the place of the logits."""
+    from tokenformer.ops.cross_entropy_triton import cross_entropy_rows
+
+    rows, v = logits.shape
+    losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    cross_entropy_rows[(rows,)](
+        logits,
+        targets,
+        losses,
+        v,
+        float(scale),
+        ignore_index,
+        WITH_GRADIENT=with_gradient,
+        BLOCK=_TRITON_BLOCK,
+        BLOCKS=-(-v // _TRITON_BLOCK),
+        num_warps=8,
+    )
+    return losses.sum(), logits
 
 
 def _logit_grad(log_probabilities: Tensor, targets: Tensor, ignore_index: int) -> Tensor:

@@ -78,16 +78,48 @@ def pattention(
         [..., d_out], in the dtype of ``x``, or in autocast's where that is on. float16 is computed in float32
         inside, since scores can leave its range where the result does not.
     """
-    from tokenformer.ops import pattention_cpu
+    return pattention_projections(x, [keys], [values], kind, rows)[0]
 
+
+def pattention_projections(
+    x: Tensor,
+    keys: Sequence[Sequence[Tensor]],
+    values: Sequence[Sequence[Tensor]],
+    kind: WeightKind,
+    rows: RowReductions = WHOLE_ROWS,
+) -> list[Tensor]:
+    """:func:`pattention` of one input over several sets of parameter tokens, which share products where that pays.
+
+    Args:
+        x: [..., d_in].
+        keys: for each projection one [n_g, d_in] for each group g; n, the sum over the groups, is the same in all.
+        values: for each projection one [n_g, d_out] for each group g.
+        kind: the weight function of all projections.
+        rows: as for :func:`pattention`.
+
+    Returns:
+        One [..., d_out] for each projection.
+    """
     dtype = autocast_dtype(x)
     compute = torch.float32 if dtype == torch.float16 else dtype
     with without_autocast(x.device.type):
-        x, keys, values = x.to(compute), [k.to(compute) for k in keys], [v.to(compute) for v in values]
+        x = x.to(compute)
+        keys = [[group.to(compute) for group in projection] for projection in keys]
+        values = [[group.to(compute) for group in projection] for projection in values]
         has_whole_rows = rows is WHOLE_ROWS or kind.norm_activation == "gelu"  # which looks at no other token
+        if has_whole_rows and x.device.type == "cuda":
+            from tokenformer.ops import pattention_cuda
+
+            if pattention_cuda.applies(x):
+                return [out.to(dtype) for out in pattention_cuda.pattention_fused(x, keys, values, kind)]
+        from tokenformer.ops import pattention_cpu
+
         if has_whole_rows and pattention_cpu.applies(x):
-            return pattention_cpu.pattention_row_blocks(x, keys, values, kind).to(dtype)
-        return pattention_reference(x, keys, values, kind, rows).to(dtype)
+            path = pattention_cpu.pattention_row_blocks
+            return [path(x, k, v, kind).to(dtype) for k, v in zip(keys, values, strict=True)]
+        return [
+            pattention_reference(x, k, v, kind, rows).to(dtype) for k, v in zip(keys, values, strict=True)
+        ]
 
 
 def pattention_reference(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -29,11 +31,35 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Args:
         x: [b, h, t, e], queries or keys.
         cos: [b, 1, t, r] with r <= e.
-        sin: like ``cos``.
+        sin: like ``cos``; neither gets a gradient.
 
     Returns:
         [b, h, t, e], in the dtype of ``x``.
     """
+    turned: Tensor = _Rotary.apply(x, cos, sin)
+    return turned
+
+
+class _Rotary(torch.autograd.Function):
+    """The gradient of a rotation is the rotation back: one pass, where that of its parts would be several."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return _rotate(x, cos, sin)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return apply_rotary(grad, cos, -sin), None, None
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     rotary_dim = cos.shape[-1]
     rotated, rest = x[..., :rotary_dim], x[..., rotary_dim:]
     first, second = rotated.chunk(2, dim=-1)

@@ -1,0 +1,111 @@
+"""The passes over the scores of Pattention on a GPU: which Triton kernel, and how it is laid out."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tokenformer.ops.pattention import NORM_ACTIVATIONS, WeightKind
+from tokenformer.ops.pattention_triton import long_backward, long_forward, whole_backward, whole_forward
+
+_LONGEST_WHOLE_ROW = 16384
+_MOST_PIECES = 8
+_BLOCK = 4096  # of rows that are longer
+_STATISTICS = 2
+
+
+class _Launch(NamedTuple):
+    """How whole rows are laid out: rows a program, columns of a piece, pieces of a row, warps."""
+
+    rows: int
+    piece: int
+    pieces: int
+    warps: int
+
+
+def _launch(n: int, elements_per_thread: int) -> _Launch | None:
+    """None for rows too long to be taken whole."""
+    if n > _LONGEST_WHOLE_ROW:
+        return None
+    sizes = [1 << power for power in range(4, 15) if -(-n // (1 << power)) <= _MOST_PIECES]
+    piece = min(sizes, key=lambda size: (-(-n // size) * size, -size))  # least padding, then fewest pieces
+    warps = 2
+    while warps < 16 and 2 * warps * 32 * elements_per_thread <= n:
+        warps *= 2
+    rows = 1
+    while 2 * rows * n <= 32 * warps * elements_per_thread:
+        rows *= 2
+    return _Launch(rows, piece, -(-n // piece), warps)
+
+
+def weights_forward(scores: Tensor, kind: WeightKind, *, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights of all parameter tokens, and what :func:`weights_backward` needs.
+
+    Args:
+        scores: [rows, n], contiguous; bfloat16 or float32. Overwritten with the weights unless the backward needs it.
+        kind: the weight function.
+        keep: whether there will be a backward.
+
+    Returns:
+        Weights [rows, n] in the dtype of ``scores``; what to keep, [rows, n]: the scores, or the weights for softmax,
+        whose gradient needs no more; and statistics, [rows, 2] float32.
+    """
+    in_place = not keep or kind.norm_activation == "softmax"
+    weights = scores if in_place else torch.empty_like(scores)
+    statistics = torch.empty(scores.shape[0], _STATISTICS, dtype=torch.float32, device=scores.device)
+    _run(whole_forward, long_forward, 24, (scores, weights, statistics), kind)
+    return weights, scores, statistics
+
+
+def weights_backward(
+    kept: Tensor, weight_grads: Tensor, statistics: Tensor, kind: WeightKind
+) -> tuple[Tensor, Tensor]:
+    """The weights again, and the gradient of the scores.
+
+    Args:
+        kept: [rows, n], from :func:`weights_forward`.
+        weight_grads: [rows, n], contiguous, same dtype; overwritten with the gradient of the scores.
+        statistics: [rows, 2], from :func:`weights_forward`.
+        kind: the weight function.
+
+    Returns:
+        Weights and gradient of the scores, [rows, n] each.
+    """
+    weights = kept if kind.norm_activation == "softmax" else torch.empty_like(kept)
+    _run(whole_backward, long_backward, 16, (kept, weight_grads, weights, statistics), kind)
+    return weights, weight_grads
+
+
+def _run(
+    whole: Any,
+    long: Any,
+    elements_per_thread: int,
+    tensors: tuple[Tensor, ...],
+    kind: WeightKind,
+) -> None:
+    rows, n = tensors[0].shape
+    if rows == 0:
+        return
+    numbers = (rows, n, kind.tau**0.5, kind.tau, kind.norm_eps)
+    function = {
+        "KIND": NORM_ACTIVATIONS.index(kind.norm_activation),
+        "TANH": kind.gelu_approximate == "tanh",
+        "EXACT": tensors[0].dtype == torch.float32,
+    }
+    launch = _launch(n, elements_per_thread)
+    if launch is None:
+        blocks = -(-n // _BLOCK)
+        long[(rows,)](*tensors, *numbers, **function, BLOCK=_BLOCK, BLOCKS=blocks, num_warps=8)
+        return
+    whole[(-(-rows // launch.rows),)](
+        *tensors,
+        *numbers,
+        **function,
+        EVEN=launch.piece * launch.pieces == n,
+        ROWS=launch.rows,
+        PIECE=launch.piece,
+        PIECES=launch.pieces,
+        num_warps=launch.warps,
+    )

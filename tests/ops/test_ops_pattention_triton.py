@@ -1,0 +1,194 @@
+"""The GPU path of Pattention, run by Triton's interpreter in float32 on the CPU, against the definition in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tokenformer.ops.pattention import (
+    NORM_ACTIVATIONS,
+    WeightKind,
+    attention_weights,
+    pattention_reference,
+)
+
+pytest.importorskip("triton")
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU"),
+    pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
+]
+
+Tokens = list[list[Tensor]]
+
+
+def assert_close_to_scale(found: Tensor, expected: Tensor, tolerance: float = 2e-6) -> None:
+    """The largest error, in units of the largest entry."""
+    assert torch.isfinite(found).all()
+    error = (found.double() - expected.double()).abs().max()
+    assert error <= tolerance * expected.double().abs().max(), f"error {error:.3g}"
+
+
+@pytest.mark.parametrize("norm_activation", NORM_ACTIVATIONS)
+@pytest.mark.parametrize(
+    ("rows", "n", "approximate", "eps", "size"),
+    [
+        (1, 1, "none", 0.0, 1.0),
+        (7, 24, "tanh", 1e-2, 1.0),
+        (37, 5, "none", 0.0, 1.0),
+        (3, 768, "none", 0.0, 3.0),
+        (2, 3072, "tanh", 0.0, 1.0),
+        (2, 17000, "none", 0.0, 1.0),
+        (2, 17000, "tanh", 1e-1, 1e-25),
+        (5, 100, "none", 0.0, 1e25),
+        (5, 100, "tanh", 0.0, 1e25),
+        (5, 100, "none", 1e-2, 1e-25),
+    ],
+)
+def test_both_passes_over_the_scores(
+    norm_activation: str, rows: int, n: int, approximate: str, eps: float, size: float
+) -> None:
+    from tokenformer.ops.pattention_rows import weights_backward, weights_forward
+
+    kind = WeightKind(norm_activation, 0.7 * n, approximate, eps)
+    generator = torch.Generator().manual_seed(n)
+    scores = size * torch.randn(rows, n, generator=generator)
+    scores[rows // 2] = 0
+    grads = torch.randn(rows, n, generator=generator)
+    wide = scores.double().requires_grad_()
+    (expected,) = attention_weights([wide], kind)
+    (expected_grad,) = torch.autograd.grad(expected, wide, grads.double())
+    weights, kept, statistics = weights_forward(scores.clone(), kind, keep=True)
+    again, score_grads = weights_backward(kept, grads.clone(), statistics, kind)
+    assert_close_to_scale(weights, expected)
+    assert_close_to_scale(again, expected)
+    assert_close_to_scale(score_grads, expected_grad)
+    if norm_activation != "softmax":
+        assert torch.equal(weights[rows // 2], torch.zeros(n))
+    if norm_activation in ("l2_norm_gelu", "gelu_l2_norm"):
+        assert torch.equal(score_grads[rows // 2], torch.zeros(n))
+    in_place, _, _ = weights_forward(scores, kind, keep=False)
+    assert in_place is scores
+    assert torch.equal(in_place, weights)
+
+
+def draw(
+    shape: Sequence[int], d_out: int, groups: Sequence[int], projections: int, frozen: Sequence[int] = ()
+) -> tuple[Tensor, Tokens, Tokens]:
+    """Input, keys and values by projection and group; the groups in ``frozen`` require no gradient."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator)
+
+    def tokens(features: int) -> Tokens:
+        return [
+            [normal(n, features).requires_grad_(g not in frozen) for g, n in enumerate(groups)]
+            for _ in range(projections)
+        ]
+
+    return normal(*shape).requires_grad_(), tokens(shape[-1]), tokens(d_out)
+
+
+def fused(x: Tensor, keys: Tokens, values: Tokens, kind: WeightKind) -> list[Tensor]:
+    from tokenformer.ops.pattention_cuda import pattention_fused
+
+    return pattention_fused(x, keys, values, kind)
+
+
+def defined(x: Tensor, keys: Tokens, values: Tokens, kind: WeightKind) -> list[Tensor]:
+    return [pattention_reference(x, k, v, kind) for k, v in zip(keys, values, strict=True)]
+
+
+def assert_same(found: list[Tensor], expected: list[Tensor], leaves: list[Tensor]) -> None:
+    """Outputs, and gradients of a sum with unequal factors."""
+
+    def gradients(outputs: list[Tensor]) -> tuple[Tensor, ...]:
+        total = sum((out * torch.linspace(-1, 1.5, out.numel()).view_as(out)).sum() for out in outputs)
+        return torch.autograd.grad(total, leaves)
+
+    for a, b in zip([*found, *gradients(found)], [*expected, *gradients(expected)], strict=True):
+        assert_close_to_scale(a, b, 1e-5)
+
+
+@pytest.mark.parametrize("norm_activation", NORM_ACTIVATIONS)
+@pytest.mark.parametrize(
+    ("projections", "groups", "frozen", "compiled"),
+    [
+        (1, (5,), (), False),
+        (1, (4, 3, 6), (1,), False),
+        (3, (4, 3, 2), (0,), True),
+        (2, (1, 1, 1, 1), (2, 3), False),
+    ],
+)
+def test_projections_and_groups(
+    norm_activation: str,
+    projections: int,
+    groups: tuple[int, ...],
+    frozen: tuple[int, ...],
+    compiled: bool,
+) -> None:
+    x, keys, values = draw((2, 5, 6), 4, groups, projections, frozen)
+    kind = WeightKind(norm_activation, float(sum(groups)))
+    torch.compiler.reset()
+    path = torch.compile(fused, backend="aot_eager", fullgraph=True) if compiled else fused
+    leaves = [t for t in (x, *chain(*keys, *values)) if t.requires_grad]
+    assert_same(path(x, keys, values, kind), defined(x, keys, values, kind), leaves)
+
+
+@settings(max_examples=10)
+@given(
+    st.sampled_from(NORM_ACTIVATIONS),
+    st.integers(0, 70),
+    st.integers(1, 9),
+    st.integers(1, 9),
+    st.lists(st.integers(1, 40), min_size=1, max_size=3),
+    st.integers(1, 3),
+)
+def test_any_shape(
+    norm_activation: str, rows: int, d_in: int, d_out: int, groups: list[int], projections: int
+) -> None:
+    x, keys, values = draw((rows, d_in), d_out, groups, projections)
+    kind = WeightKind(norm_activation, 3.0)
+    found, expected = fused(x, keys, values, kind), defined(x, keys, values, kind)
+    if rows == 0:
+        assert [out.shape for out in found] == [out.shape for out in expected]
+    else:
+        assert_same(found, expected, [x, *chain(*keys, *values)])
+
+
+def test_what_needs_no_gradient_is_not_computed() -> None:
+    x, keys, values = draw((4, 6), 3, (5,), 1)
+    kind = WeightKind("gelu", 5.0)
+    with torch.no_grad():
+        (out,) = fused(x, keys, values, kind)
+    assert not out.requires_grad
+    for leaf in (x, keys[0][0], values[0][0]):
+        leaves = [t.detach().requires_grad_(t is leaf) for t in (x, keys[0][0], values[0][0])]
+        wanted = next(t for t in leaves if t.requires_grad)
+        (found,) = torch.autograd.grad(
+            fused(leaves[0], [[leaves[1]]], [[leaves[2]]], kind)[0].sum(), [wanted]
+        )
+        (expected,) = torch.autograd.grad(defined(x, keys, values, kind)[0].sum(), [leaf])
+        torch.testing.assert_close(found, expected)
+
+
+def test_the_graph_can_be_walked_twice() -> None:
+    x, keys, values = draw((4, 6), 3, (5,), 1)
+    total = fused(x, keys, values, WeightKind("l2_norm_gelu", 5.0))[0].sum()
+    first, second = (torch.autograd.grad(total, [x, *keys[0]], retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_the_operators_keep_their_contract_with_torch() -> None:
+    from tokenformer.ops.pattention_cuda import pattention_forward
+
+    x, keys, values = draw((4, 6), 3, (5,), 1)
+    value = values[0][0].detach()[None].requires_grad_()
+    arguments = (x, keys[0][0], value, "l2_norm_gelu", 5.0, "none", 0.0, [0, 5], [0, 5], True)
+    torch.library.opcheck(pattention_forward, arguments)
