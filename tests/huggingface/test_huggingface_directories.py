@@ -110,6 +110,14 @@ def test_what_save_pretrained_writes_is_a_model_directory(
     assert generation["suppress_tokens"] == list(range(257, 384))
 
 
+def test_a_license_goes_on(directories: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(directories["grown"], tmp_path / "licensed")
+    readme = tmp_path / "licensed" / "README.md"
+    readme.write_text(readme.read_text().replace("---\n", "---\nlicense: mit\n", 1))
+    AutoModelForCausalLM.from_pretrained(tmp_path / "licensed").save_pretrained(tmp_path / "saved")
+    assert ModelCard.load(tmp_path / "saved" / "README.md").data.license == "mit"
+
+
 def test_a_card_that_is_there_stays(directories: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("# Mine\n")
     AutoModelForCausalLM.from_pretrained(directories["grown"]).save_pretrained(tmp_path)

@@ -239,6 +239,7 @@ def test_nan_and_what_gpt_neox_lacks(
 
 def test_the_command(run_command: Any, tmp_path: Path) -> None:
     reference({"attention_bias": False}).save_pretrained(tmp_path / "neox")
+    (tmp_path / "neox" / "README.md").write_text("---\ntags: [a]\nlicense: apache-2.0\n---\n# license: mit\n")
     done = run_command("convert", "gpt-neox", "native", tmp_path / "neox", tmp_path / "native")
     assert done.code == 0
     assert "attention_bias is false" in done.out
@@ -247,4 +248,5 @@ def test_the_command(run_command: Any, tmp_path: Path) -> None:
     assert (back.code, "Next:" in back.out) == (0, False)
     card = (tmp_path / "back" / "README.md").read_text()
     assert "library_name: transformers" in card
+    assert "\nlicense: apache-2.0\n" in card
     assert "tokenformer.load_model" not in card

@@ -8,7 +8,7 @@ from huggingface_hub import ModelCard
 
 from tokenformer.files import write_text
 from tokenformer.huggingface.configuration import NativeConfig
-from tokenformer.models.card import model_card
+from tokenformer.models.card import card_license, model_card
 from tokenformer.models.transformers_files import write_auto_files
 
 _PLACEHOLDER = "[More Information Needed]"  # of the card that push_to_hub makes up where the hub has none
@@ -35,6 +35,12 @@ def keep_card(config: NativeConfig, directory: Path) -> None:
 
 def _card(config: NativeConfig) -> str:
     origin: dict[str, object] = {"saved by": "`save_pretrained` of transformers"}
+    license = None
     if config.name_or_path:
-        origin["loaded from"] = Path(config.name_or_path).name
-    return model_card(config.native(), {"Origin": origin})
+        source = Path(config.name_or_path)
+        origin["loaded from"] = source.name
+        readme = source / "README.md"
+        license = (
+            card_license(readme.read_text(encoding="utf-8", errors="replace")) if readme.is_file() else None
+        )
+    return model_card(config.native(), {"Origin": origin}, license=license)

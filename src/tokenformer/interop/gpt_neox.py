@@ -19,7 +19,7 @@ from tokenformer.errors import TokenFormerError
 from tokenformer.files import new_directory, require_free, write_json, write_text
 from tokenformer.interop.formats import Converted
 from tokenformer.interop.gpt_neox_config import GPTNeoXConfig, read_gpt_neox_config
-from tokenformer.interop.source import tokenizer_beside, write_native
+from tokenformer.interop.source import license_beside, tokenizer_beside, write_native
 from tokenformer.interop.weights import Buffer, NativeTensor, check_weights, read_weights, rotary_frequencies
 from tokenformer.models.card import model_card
 from tokenformer.models.directory import load_model, save_weights
@@ -122,6 +122,7 @@ def native_to_gpt_neox(source: Path, target: Path) -> Converted:
     check_weights(weights, tensor_map(theirs), directory)
 
     facts = {"Origin": {"converted from": "a model directory", "source": source.resolve().name}}
+    card = model_card(config, facts, library="transformers", license=license_beside(directory))
     with new_directory(target) as scratch:
         ids = {} if tokenizer is None else {"bos_token_id": tokenizer.eos_token_id}
         ids |= {} if tokenizer is None else {"eos_token_id": tokenizer.eos_token_id}
@@ -130,7 +131,7 @@ def native_to_gpt_neox(source: Path, target: Path) -> Converted:
         for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
             if (directory / name).is_file():
                 shutil.copyfile(directory / name, scratch / name)
-        write_text(scratch / "README.md", model_card(config, facts, library="transformers"))
+        write_text(scratch / "README.md", card)
     dtypes = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in weights.values()}))
     return Converted(target, config, len(weights), dtypes, tokenizer is not None, tuple(changes))
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from tokenformer.errors import TokenFormerError
 from tokenformer.interop.weights import Weights
 from tokenformer.language.tokenizers import Tokenizer, load_tokenizer
-from tokenformer.models.card import model_card
+from tokenformer.models.card import card_license, model_card
 from tokenformer.models.config import DecoderConfig
 from tokenformer.models.directory import save_model
 from tokenformer.models.empty import empty_model
@@ -29,6 +29,12 @@ def tokenizer_beside(directory: Path, rows: int, field: str) -> Tokenizer | None
             f"{directory / 'tokenizer.json'}: has {tokenizer.vocab_size} tokens, but {field} is {rows}"
         )
     return tokenizer
+
+
+def license_beside(directory: Path) -> str | None:
+    """The license that a model card in ``directory`` names; it goes on with the weights."""
+    readme = directory / "README.md"
+    return card_license(readme.read_text(encoding="utf-8", errors="replace")) if readme.is_file() else None
 
 
 def write_native(
@@ -51,4 +57,5 @@ def write_native(
         "configuration": f"`{config_name}`",
         **weights.provenance(),
     }
-    save_model(model, target, card=model_card(config, {"Origin": facts}), tokenizer=tokenizer)
+    card = model_card(config, {"Origin": facts}, license=license_beside(source))
+    save_model(model, target, card=card, tokenizer=tokenizer)

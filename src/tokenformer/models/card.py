@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Literal
 
@@ -20,6 +21,7 @@ def model_card(
     facts: Mapping[str, Mapping[str, object]] | None = None,
     *,
     library: Literal["tokenformer", "transformers"] = "tokenformer",
+    license: str | None = None,
 ) -> str:
     """Markdown with a Hugging Face header.
 
@@ -27,12 +29,14 @@ def model_card(
         config: the model.
         facts: further sections, title -> name -> value, e.g. ``{"Training": {"steps": 1000}}``.
         library: whose format the directory has.
+        license: its identifier on the hub, e.g. ``apache-2.0``, where it is known.
     """
     lines = [
         "---",
         f"library_name: {library}",
         "pipeline_tag: text-generation",
         f"tags: [{config.architecture}]",
+        *([f"license: {license}"] if license else []),
         "---",
         "",
         f"# {config.class_name}, {config.num_parameters():,} parameters",
@@ -52,6 +56,13 @@ def model_card(
         lines += _table(title, values)
     lines += [_LOADING[library], ""]
     return "\n".join(lines)
+
+
+def card_license(text: str) -> str | None:
+    """The license that the header of a model card names, if any."""
+    header = re.match(r"---\n(.*?)\n---", text, flags=re.DOTALL)
+    found = re.search(r"^license: *([\w.-]+) *$", header[1], flags=re.MULTILINE) if header else None
+    return found[1] if found else None
 
 
 def _table(title: str, values: Mapping[str, object]) -> list[str]:
