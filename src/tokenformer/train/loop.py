@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 
@@ -17,7 +18,8 @@ from tokenformer.train.interrupts import StopRequest
 from tokenformer.train.metrics import MetricsLog
 from tokenformer.train.micro_batches import MicroBatches
 from tokenformer.train.speed import Speed, console_line
-from tokenformer.train.state import TrainingState
+from tokenformer.train.spikes import LossSpike, find_spike
+from tokenformer.train.state import Rollback, TrainingState
 from tokenformer.train.step import TrainStep
 from tokenformer.train.window import MetricsWindow
 
@@ -62,6 +64,7 @@ class StageLoop:
 
         Raises:
             TokenFormerError: several updates in a row were not finite, or the disk refuses.
+            LossSpike: the run is to go back to its newest checkpoint.
             DataError: the data cannot be read any more; the last complete step is saved.
         """
         data = self.stage.data
@@ -122,13 +125,52 @@ class StageLoop:
         log = last or step % self.stage.logging.every_steps == 0
         if log or self.step.device.type == "cpu":
             self._window.check(step)
+        save = (
+            last or _due(step, self.stage.checkpoint.every_steps) or self._request.signal_number is not None
+        )
+        if log or save:
+            self._look_for_spikes()
         if log:
             self._log()
         if last or _due(step, self.stage.evaluation.every_steps):
             with self._clock.paused():
                 self._evaluate()
-        if last or _due(step, self.stage.checkpoint.every_steps) or self._request.signal_number is not None:
+        if save:
             self._write_checkpoint()
+
+    def _look_for_spikes(self) -> None:
+        """Examine the losses since the last look, before any of them goes into a checkpoint.
+
+        Raises:
+            LossSpike: the run is to go back.
+        """
+        losses, config = self._window.take_losses(), self.stage.stability.spike
+        if config is None:
+            return
+        finite = [(index, loss) for index, loss in enumerate(losses) if math.isfinite(loss)]
+        healthy, recent = [loss for _, loss in finite], self.state.recent_losses
+        found = find_spike(recent, healthy, config)
+        if found is not None:
+            index, loss = finite[found[0]]
+            rollback = self._rollback(later=len(losses) - index - 1, loss=loss, limit=found[1])
+            if config.rollback and len(self.state.rollbacks) < config.max_rollbacks:
+                raise LossSpike(rollback)
+            self._metrics.write(self.state, {"spike_step": rollback.step, "spike_loss": loss})
+            self._say(f"{self.stage.name}, step {rollback.step}: loss spike, {loss:.4g}; training goes on")
+        kept = tuple([*recent, *healthy][-config.window :])
+        self.state = self.state.model_copy(update={"recent_losses": kept})
+
+    def _rollback(self, *, later: int, loss: float, limit: float) -> Rollback:
+        """Of a spike with ``later`` steps after it; where the run goes back to is not known here."""
+        state, sizes = self.state, self.stage.data.batch_sizes
+        after_spike = sizes.before(state.stage_step) - sizes.before(state.stage_step - later)
+        return Rollback(
+            stage=state.stage,
+            step=state.step - later,
+            loss=loss,
+            limit=limit,
+            to_sample=state.next_sample - after_spike,
+        )
 
     def _write_checkpoint(self) -> None:
         self._count_skipped()

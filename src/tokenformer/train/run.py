@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,13 @@ from tokenformer.progress import progress_bar, short_number
 from tokenformer.train.card import training_facts
 from tokenformer.train.checkpoint.contents import TrainingCheckpoint
 from tokenformer.train.checkpoint.export import Export, export_model, is_exported
-from tokenformer.train.checkpoint.folder import checkpoint_path, list_checkpoints, remove_remains, set_aside
+from tokenformer.train.checkpoint.folder import (
+    checkpoint_path,
+    find_newest_whole,
+    list_checkpoints,
+    remove_remains,
+    set_aside,
+)
 from tokenformer.train.checkpoint.ranks import Ranks, all_ranks, greatest_of_all_ranks
 from tokenformer.train.checkpoint.rng import restore_rng, rng_state
 from tokenformer.train.checkpoint.writer import CheckpointWriter, writes_in_background
@@ -39,8 +45,9 @@ from tokenformer.train.optimizer import Moments, load_named_state, named_state
 from tokenformer.train.placement import Placement
 from tokenformer.train.plan import RunPlan, check_optimizers, make_plan
 from tokenformer.train.rung import grow_for_stage
+from tokenformer.train.spikes import LossSpike, after_journal, passed_over, rolled_back, write_journal
 from tokenformer.train.start import RunStart, begin, go_on
-from tokenformer.train.state import TrainingState
+from tokenformer.train.state import Rollback, TrainingState
 from tokenformer.train.step import TrainStep
 from tokenformer.train.wandb_run import require_wandb
 
@@ -131,7 +138,7 @@ class _Run:
 
     def execute(self) -> RunResult:
         plan = self.plan
-        start = begin(plan.config) if plan.resume_from is None else go_on(plan.resume_from)
+        start = self._start(plan.resume_from)
         check_optimizers(plan, start.model)
         logging = plan.stages[0].logging
         if logging.wandb is not None:
@@ -139,20 +146,54 @@ class _Run:
         self.ranks.first(self._open_run_directory)
         if self._is_finished(start.state):
             return self._finish_again(start.state)
-        with MetricsLog(
-            plan.out,
-            tensorboard=logging.tensorboard,
-            wandb=logging.wandb,
-            config=plan.config.model_dump(mode="json"),
-            after=start.state if plan.resume_from is not None else None,
-            silent=not self.world.is_first,
-        ) as metrics:
-            self._announce(start)
-            try:
-                return self._climb(start, metrics)
-            except Exception:
-                self.writer.abandon()
-                raise
+        self._announce(start)
+        after = start.state if plan.resume_from is not None else None
+        while True:
+            with MetricsLog(
+                plan.out,
+                tensorboard=logging.tensorboard,
+                wandb=logging.wandb,
+                config=plan.config.model_dump(mode="json"),
+                after=after,
+                silent=not self.world.is_first,
+            ) as metrics:
+                try:
+                    self._note_rollback(start.state, metrics)
+                    return self._climb(start, metrics)
+                except LossSpike as spike:
+                    rollback = spike.rollback
+                except Exception:
+                    self.writer.abandon()
+                    raise
+            del start  # both models need not be held at once
+            start = self._go_back(rollback)
+            after = start.state
+
+    def _start(self, checkpoint: Path | None) -> RunStart:
+        start = begin(self.plan.config) if checkpoint is None else go_on(checkpoint)
+        return replace(start, state=after_journal(self.plan.out, start.state))
+
+    def _go_back(self, rollback: Rollback) -> RunStart:
+        """The newest checkpoint (or the beginning), past the data of a spike; the journal tells a later process so."""
+        self.writer.wait()
+        checkpoint = self.ranks.first(partial(find_newest_whole, self.plan.out)).path
+        start = self._start(checkpoint)
+        begins = self._enter(rollback.stage, start.state).next_sample
+        rollback = rollback.model_copy(update={"from_step": start.state.step, "from_sample": begins})
+        state = rolled_back(start.state, rollback)
+        self.ranks.first(partial(write_journal, self.plan.out, state))
+        self.say(
+            f"loss {rollback.loss:.4g} at step {rollback.step} is a spike (limit {rollback.limit:.4g}): back to step "
+            f"{state.step}, {rollback.to_sample - rollback.from_sample} samples are left out"
+        )
+        return replace(start, state=state)
+
+    def _note_rollback(self, state: TrainingState, metrics: MetricsLog) -> None:
+        if state.rollbacks and metrics.latest.get("rollbacks") != len(state.rollbacks):
+            last = state.rollbacks[-1]
+            values = {"spike_step": last.step, "spike_loss": last.loss, "spike_limit": last.limit}
+            skipped = last.to_sample - last.from_sample
+            metrics.write(state, {"rollbacks": len(state.rollbacks), **values, "skipped_samples": skipped})
 
     def _finish_again(self, state: TrainingState) -> RunResult:
         """What is left of a finished run: the export, if the run was stopped just before it."""
@@ -203,7 +244,7 @@ class _Run:
             return state
         same = self.plan.stages[index].data.stream == self.plan.stages[state.stage].data.stream
         changed = {"stage": index, "stage_step": 0, "next_sample": state.next_sample if same else 0}
-        return state.model_copy(update=changed)
+        return passed_over(state.model_copy(update=changed))
 
     def _run_stage(
         self, index: int, model: LanguageModel, moments: Moments, state: TrainingState, metrics: MetricsLog

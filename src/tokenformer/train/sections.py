@@ -242,11 +242,24 @@ class ActivationCheckpointingConfig(StrictModel):
         return range(every - 1, num_blocks, every)
 
 
+class SpikeConfig(StrictModel):
+    """A step whose loss is above the mean of the ``window`` steps before it by ``sigma`` standard deviations and by
+    ``min_rise`` nats is a spike. With ``rollback`` the run goes back to its newest checkpoint and leaves out the
+    samples from there up to the spike, ``max_rollbacks`` times at most; else spikes are only noted."""
+
+    sigma: PositiveFloat = 6.0
+    window: Annotated[Int, Field(ge=2, le=10_000)] = 100
+    min_rise: PositiveFloat = 0.2
+    rollback: bool = True
+    max_rollbacks: PositiveInt = 3
+
+
 class StabilityConfig(StrictModel):
     """What is done about sick training. ``max_nonfinite_steps``: updates left out in a row (loss or gradient not
-    finite) that end the run."""
+    finite) that end the run. ``spike``: what is done about a sudden rise of the loss (null: nothing)."""
 
     max_nonfinite_steps: PositiveInt = 5
+    spike: SpikeConfig | None = None
 
 
 class CheckpointConfig(StrictModel):

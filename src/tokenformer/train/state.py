@@ -16,13 +16,27 @@ STATE_FILE = "state.json"
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 
 
+class Rollback(StrictModel):
+    """A return to a checkpoint: the ``stage`` and ``step`` of the spike, its ``loss`` and the ``limit`` it was above;
+    the run goes on from ``from_step``, and samples ``from_sample`` to ``to_sample`` - 1 of that stage are left out."""
+
+    stage: NonNegativeInt
+    step: NonNegativeInt
+    loss: float
+    limit: float
+    to_sample: NonNegativeInt
+    from_step: NonNegativeInt = 0
+    from_sample: NonNegativeInt = 0
+
+
 class TrainingState(StrictModel):
     """Counters after ``step`` optimiser steps; all but ``stage_step`` are cumulative over the stages.
 
     ``next_sample`` is the global index of the first training window not yet seen, the whole state of the data order.
     ``seconds`` counts training alone, without evaluation and checkpoints. ``skipped_steps`` counts the updates left
     out because loss or gradient was not finite. ``loss_scale`` and the finite steps since it last changed are
-    float16's (null where it was never used).
+    float16's (null where it was never used). ``rollbacks`` of the run, oldest first; ``recent_losses`` (nats a target)
+    are what the next loss is compared with to tell a spike.
     """
 
     format_version: Literal[1] = 1
@@ -36,6 +50,8 @@ class TrainingState(StrictModel):
     skipped_steps: NonNegativeInt = 0
     loss_scale: Annotated[float, Field(gt=0)] | None = None
     loss_scale_steps: NonNegativeInt | None = None
+    rollbacks: tuple[Rollback, ...] = ()
+    recent_losses: tuple[float, ...] = ()
     seed: int = 0
     data_seed: int = 0
 

@@ -21,6 +21,7 @@ class MetricsWindow:
         self._max_nonfinite_steps = max_nonfinite_steps
         self._skipped = torch.zeros((), device=device)
         self._in_a_row = torch.zeros((), device=device)
+        self._losses: list[torch.Tensor] = []
         self._reset()
 
     def _reset(self) -> None:
@@ -34,8 +35,15 @@ class MetricsWindow:
         self._nats += torch.where(finite, result.nats, 0)
         self._targets += torch.where(finite, result.targets, 0)
         self._grad_norm = result.grad_norm
+        self._losses.append(result.nats / result.targets)
         self._skipped += 1 - result.finite
         self._in_a_row = (self._in_a_row + 1) * result.sick
+
+    def take_losses(self) -> list[float]:
+        """The loss of each step since the last call; waits for the device."""
+        losses: list[float] = torch.stack(self._losses).tolist() if self._losses else []
+        self._losses.clear()
+        return losses
 
     def take_skipped(self) -> int:
         """Updates skipped since the last call; waits for the device."""
