@@ -1,7 +1,7 @@
 """How much memory training takes on one device, from sizes alone. No torch here.
 
 What counts is what autograd keeps of each layer (a test adds it up), and what lives beside it at the peak.
-A new path in ``ops`` that keeps other things has its line in :func:`_kept_by_inner`.
+What the paths of Pattention in ``ops`` keep stands in :func:`_path` and the functions that ask for it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 _FLOAT = 4
-_LOSS_CHUNK = 16 * 1024 * 1024  # logits held at a time, as in ops.losses
+_LOSS_CHUNK, _GPU_LOSS_CHUNK = 2**24, 2**28  # logits held at a time, as in ops.losses
 _MATRICES_AT_ONCE = 16  # that Muon updates together
 
 
@@ -129,18 +129,19 @@ def kept_for_backward(config: DecoderConfig, setup: TrainingSetup) -> float:
 def _kept_by_block(config: DecoderConfig, setup: TrainingSetup) -> float:
     d, h, width = config.hidden_size, config.num_attention_heads, setup.width
     is_tokenformer = isinstance(config, TokenFormerConfig)
-    heads = 4 * d * width + _FLOAT * h  # query, key, value, output, and the log-sum-exp of each row
+    # query, key, value, output, and the log-sum-exp of each row; fused, the value is a part of all three projections
+    heads = (6 if _path(config, setup) == "fused" else 4) * d * width + _FLOAT * h
     if is_tokenformer or setup.tensor == 1:
         split = 1
     else:
         split = setup.tensor  # a Transformer's heads are divided among the ranks
-    if setup.compiled and width == _FLOAT:
+    if setup.compiled and width == _FLOAT and _path(config, setup) != "fused":
         stream, inputs = (2, 1) if is_tokenformer else (1, 4)
     elif setup.compiled:
         stream, inputs = 1, 4
     else:
-        # the inputs of both norms, in float32; those of the products, of which autocast makes a copy for each
-        stream, inputs = 2, 3 if width == _FLOAT else 5
+        # the inputs of both norms, in float32; those of the products, copied by autocast for each linear layer
+        stream, inputs = 2, 3 if width == _FLOAT or is_tokenformer else 5
     norms = 4 * _FLOAT
     residual = _FLOAT * stream * d + width * inputs * d + norms
     return setup.tokens * (residual + heads / split + _kept_by_inner(config, setup))
@@ -154,22 +155,43 @@ def _kept_by_inner(config: DecoderConfig, setup: TrainingSetup) -> float:
     scores = (3 * config.param_tokens("qkv") + sum(map(config.param_tokens, ROLES[1:]))) / setup.tensor
     has_norm = config.norm_activation in ("l2_norm_gelu", "gelu_l2_norm")
     rows = 5 * _FLOAT * (4 if has_norm else 2)
-    if setup.device_type == "cpu" and setup.dtype != "bfloat16" and not setup.compiled:
-        return _FLOAT * scores + rows / 4  # row blocks: the scores alone
+    path, width = _path(config, setup), _FLOAT if setup.dtype == "float16" else setup.width
+    if path == "row_blocks":
+        return _FLOAT * scores + rows / 4  # the scores alone
+    if path == "fused":
+        return width * scores + 5 * 2 * _FLOAT  # the scores, and two figures of each row
     if setup.compiled:
-        return 2 * (_FLOAT if setup.dtype == "float16" else setup.width) * scores + rows  # scores and weights
+        return 2 * width * scores + rows  # scores and weights
     # the plain definition: each step between scores and weights in float32, and the weights as they are multiplied
     steps = 3 if has_norm else 1
     return (_FLOAT * steps + (2 if setup.dtype == "bfloat16" else _FLOAT)) * scores + rows
 
 
+def _path(config: DecoderConfig, setup: TrainingSetup) -> Literal["row_blocks", "fused", "definition"]:
+    """How Pattention is computed, as ``ops.pattention`` decides."""
+    if not isinstance(config, TokenFormerConfig):
+        return "definition"
+    has_whole_rows = setup.tensor == 1 or config.norm_activation == "gelu"
+    if setup.device_type == "cuda" and has_whole_rows:
+        return "fused"
+    on_cpu = setup.device_type == "cpu" and setup.dtype != "bfloat16" and not setup.compiled
+    return "row_blocks" if on_cpu and has_whole_rows else "definition"
+
+
 def _weight_copies(config: DecoderConfig, setup: TrainingSetup) -> float:
     """Copies of the blocks' weights in the forward's dtype, kept from forward to backward."""
     computed_wide = setup.dtype == "float16" and isinstance(config, TokenFormerConfig)
-    if setup.width == _FLOAT or computed_wide or setup.shard > 1:
-        return 0
     recomputed = len(setup.activation_checkpointing.recomputed_blocks(config.num_hidden_layers))
     kept = 1 - max(0, recomputed - 1) / config.num_hidden_layers
+    if setup.width == _FLOAT or computed_wide:
+        if not isinstance(config, TokenFormerConfig) or _path(config, setup) != "fused":
+            return 0
+        side_by_side = (
+            6 * config.hidden_size * config.param_tokens("qkv")
+        )  # of three projections in one product
+        return _FLOAT * kept * config.num_hidden_layers * side_by_side / setup.tensor
+    if setup.shard > 1 and _path(config, setup) != "fused":
+        return 0
     return setup.width * kept * _block_parameters(config) / setup.tensor
 
 
@@ -187,10 +209,14 @@ def _gathered(config: DecoderConfig, setup: TrainingSetup) -> float:
 def _loss_workspace(config: DecoderConfig, setup: TrainingSetup) -> float:
     """The logits of a chunk and what is made of them; the gradients of hidden states and head."""
     d, v, width = config.hidden_size, config.vocab_size, setup.width
+    head = v * d * (_FLOAT + width + (width if width != _FLOAT else 0))
+    if setup.device_type == "cuda":  # the gradient takes the logits' place; those of the next chunk join them
+        chunks = -(-setup.tokens // max(1, _GPU_LOSS_CHUNK // v))
+        held = setup.tokens * v / chunks * min(2, chunks)
+        return width * held + head + setup.tokens * d * (_FLOAT + 2 * width)
     logits = min(setup.tokens, max(1, _LOSS_CHUNK // v)) * v
     scaled = 3 if width == _FLOAT else 4
     chunk = logits * (scaled * _FLOAT + (width if width != _FLOAT else 0))
-    head = v * d * (_FLOAT + width + (width if width != _FLOAT else 0))
     return chunk + head + setup.tokens * d * (_FLOAT + 2 * width)
 
 
@@ -198,8 +224,12 @@ def _backward_workspace(config: DecoderConfig, setup: TrainingSetup) -> float:
     """Gradients inside a layer, and a block that is computed again; the loss's gradient of the head is still there."""
     d, width = config.hidden_size, setup.width
     inner = config.mlp_size if isinstance(config, TransformerConfig) else _largest_layer(config)
-    row_blocks = setup.device_type == "cpu" and setup.dtype != "bfloat16" and not setup.compiled
-    inside = 0.0 if row_blocks else setup.tokens * inner / setup.tensor * (2 * width + _FLOAT)
+    path = _path(config, setup)
+    if path == "fused":  # the three projections of attention work together
+        assert isinstance(config, TokenFormerConfig)
+        inner = max(inner, 3 * config.param_tokens("qkv"))
+    bytes_each = {"row_blocks": 0, "fused": 2 * width, "definition": 2 * width + _FLOAT}[path]
+    inside = setup.tokens * inner / setup.tensor * bytes_each
     again = _kept_by_block(config, setup) if setup.activation_checkpointing.mode != "none" else 0
     return inside + again + setup.tokens * d * 3 * _FLOAT + 2 * _FLOAT * config.vocab_size * d
 
