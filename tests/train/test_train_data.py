@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -201,3 +202,59 @@ def test_reads_that_had_to_be_repeated_are_counted(
     assert next(line for line in read_metrics(result.out) if "loss" in line)["data_retries"] == 2
     assert "data_retries" not in expected.metrics
     assert same(weights(expected.out), weights(result.out))
+
+
+def test_validation_that_fails_ends_the_run_after_saving_it(
+    make_config: MakeConfig, data_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data_file, "LOOK_SECONDS", 0.0)
+    config = make_config("steps=9", "evaluation.every_steps=4")
+    shard = data_directory / "validation.bin"
+    content = shard.read_bytes()
+    try:
+        with monkeypatch.context() as patch:
+            _fail_at(patch, data_directory / "train.bin", 2, shard.unlink)
+            with pytest.raises(
+                DataError, match=r"validation\.bin: .* the run is saved after step 4: put the data right"
+            ):
+                train(config, tmp_path / "run", quiet=True)
+    finally:
+        shard.write_bytes(content)
+    assert train(config, tmp_path / "run", resume=True, quiet=True).state.step == 9
+
+
+def _one_of_two_ranks(rank: int, port: int, config: str, out: Path) -> None:
+    """A rank of a run; the second finds its training data unreadable after a while."""
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    torch.set_num_threads(1)
+    reads, pread = 0, os.pread
+
+    def failing(descriptor: int, length: int, offset: int) -> bytes:
+        nonlocal reads
+        if length == 34 and offset:  # a training window of 17 tokens, and not the header
+            reads += 1
+            if rank == 1 and reads > 10:  # two windows a step
+                raise PermissionError(13, "Permission denied")
+        return pread(descriptor, length, offset)
+
+    os.pread = failing
+    try:
+        train(parse_run_config(config, source="test"), out / "run", quiet=True)
+    except TokenFormerError as error:
+        (out / f"rank{rank}").write_text(f"{type(error).__name__}: {error}")
+
+
+@pytest.mark.slow
+def test_one_rank_that_cannot_read_ends_all_after_saving(make_config: MakeConfig, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    config = make_config("steps=50", "parallel.device=cpu")
+    torch.multiprocessing.spawn(_one_of_two_ranks, (port, config.to_yaml(), tmp_path), nprocs=2)
+    assert (tmp_path / "rank0").read_text().startswith("ToldElsewhere: another rank cannot read its data")
+    told = (tmp_path / "rank1").read_text()
+    assert "train.bin: cannot be read (Permission denied), while reading at byte" in told
+    assert "the run is saved after step 5" in told
+    assert read_state(list_checkpoints(tmp_path / "run")[-1]).next_sample == 20

@@ -14,7 +14,7 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 """SIGUSR1 is what SLURM sends ahead of the time limit (``--signal=USR1@120``)."""
 
 _FORWARDED_SECONDS = 5.0
-_TROUBLE = 255  # above every signal's number
+_DATA_FAILED, _TROUBLE = 254, 255  # above every signal's number
 
 
 class RunInterrupted(KeyboardInterrupt):
@@ -26,7 +26,7 @@ class RunInterrupted(KeyboardInterrupt):
 
 
 class StopRequest:
-    """Whether the run was asked to end, and by which signal.
+    """Whether the run was asked to end, and by which signal; or whether the data of a rank cannot be read any more.
 
     Args:
         agree: makes a number from 0 on the same on all ranks, their greatest; None for a process alone.
@@ -34,6 +34,7 @@ class StopRequest:
 
     def __init__(self, agree: Callable[[int], int] | None = None) -> None:
         self.signal_number: int | None = None
+        self.data_failed = False
         self._agree = agree
         self._received = 0
         self._interrupted: float | None = None
@@ -47,17 +48,19 @@ class StopRequest:
             self._interrupted = time.monotonic()
         self._received = self._received or signal_number
 
-    def poll(self, *, trouble: bool = False) -> bool:
-        """Bring ``signal_number`` up to date; with several ranks all call it at the same place of the same step.
+    def poll(self, *, trouble: bool = False, data_failed: bool = False) -> bool:
+        """Bring ``signal_number`` and ``data_failed`` up to date; with several ranks all call it at the same place of
+        the same step.
 
         Returns:
             Whether any rank reported ``trouble``; it goes before a signal.
         """
-        number = _TROUBLE if trouble else self._received
+        number = _TROUBLE if trouble else _DATA_FAILED if data_failed else self._received
         number = number if self._agree is None else self._agree(number)
         if number == _TROUBLE:
             return True
-        self.signal_number = number or None
+        self.data_failed = number == _DATA_FAILED
+        self.signal_number = None if self.data_failed else number or None
         return False
 
     def _is_forwarded(self, before: float) -> bool:

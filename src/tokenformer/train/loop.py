@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
+from itertools import islice
+from typing import Any
 
 import torch
 
-from tokenformer.errors import DataError
+from tokenformer.errors import DataError, ToldElsewhere
 from tokenformer.parallel.shard import drop_gathered
 from tokenformer.progress import ProgressBar
 from tokenformer.train.clock import TrainingClock
@@ -28,8 +30,9 @@ class StageLoop:
     """Runs one stage from ``state`` to its end, or to a stop request.
 
     ``save`` writes a checkpoint of a state; it is called when one is due, at the end of the stage and on a
-    stop request. ``poll`` brings the request up to date, at the same place of a step on all ranks, and raises what
-    went wrong in the background. ``say`` prints a line for the user.
+    stop request. ``poll`` brings the request up to date, at the same place of a step on all ranks (its argument says
+    whether this one's data cannot be read any more), and raises what went wrong in the background. ``say`` prints a
+    line for the user.
     """
 
     def __init__(
@@ -42,7 +45,7 @@ class StageLoop:
         save: Callable[[TrainingState], None],
         say: Callable[[str], None],
         request: StopRequest,
-        poll: Callable[[], None],
+        poll: Callable[[bool], None],
     ) -> None:
         self.step = step
         self.stage = stage
@@ -58,6 +61,7 @@ class StageLoop:
         self._speed = Speed(step.device, step.dtype, step.world.sizes.world)
         self._logged = state
         self._saved_step = state.step
+        self._data_error: DataError | None = None
 
     def run(self, bar: ProgressBar | None) -> TrainingState:
         """Train to the end of the stage, or until asked to stop; everything due is done and saved by then.
@@ -80,32 +84,49 @@ class StageLoop:
             first_step=first_step,
         )
         batches = self.step.task.batches(micro_batches, workers=data.num_workers)
-        with closing(batches), self._saved_on_data_error():  # type: ignore[type-var]
-            self._poll()
+        with closing(batches):  # type: ignore[type-var]
+            ready = self._read(batches, micro_batches.passes(0))
+            self._end_without_data()
             while self.state.stage_step < self.stage.steps and self._request.signal_number is None:
                 step, before = self.state.stage_step, self.state.tokens
-                result = self.step(batches, step, micro_batches.passes(step - first_step))
+                result = self.step(iter(ready), step, len(ready))
                 self._window.add(result)
                 self._advance()
-                self._poll()
+                last = self.state.stage_step == self.stage.steps
+                ready = self._read(batches, 0 if last else micro_batches.passes(step + 1 - first_step))
                 self._do_what_is_due()
+                self._end_without_data()
                 if bar is not None:
                     bar.advance(self.state.tokens - before)
                     bar.note(f"loss {self._metrics.latest.get('loss', float('nan')):.3f}")
         return self.state
 
-    @contextmanager
-    def _saved_on_data_error(self) -> Iterator[None]:
-        """Data that cannot be read any more end the run, but not what it has learned. Of several ranks one may fail
-        alone, and a checkpoint takes all of them: then the last one stands."""
+    def _read(self, batches: Iterator[Any], passes: int) -> list[Any]:
+        """The micro-batches of the next step. Where a rank's cannot be read, all learn of it here: they end together,
+        since a checkpoint takes all of them."""
+        ready = []
         try:
-            yield
+            ready = list(islice(batches, passes))
         except DataError as error:
-            if self.state.step != self._saved_step and self.step.world.share.ranks == 1:
-                self._write_checkpoint()
-            saved = self._saved_step
-            done = f"the run is saved after step {saved}" if saved else "nothing was learned yet"
-            raise DataError(f"{error}; {done}: put the data right, then go on with --resume") from error
+            self._data_error = error
+        self._poll(self._data_error is not None)
+        return ready
+
+    def _end_without_data(self) -> None:
+        """Data that cannot be read any more end the run, but not what it has learned."""
+        if not self._request.data_failed:
+            return
+        if self.state.step != self._saved_step:
+            self._look_for_spikes()
+            self._write_checkpoint()
+        if self._data_error is None:
+            raise ToldElsewhere("another rank cannot read its data any more")
+        done = (
+            f"the run is saved after step {self.state.step}" if self.state.step else "nothing was learned yet"
+        )
+        raise DataError(
+            f"{self._data_error}; {done}: put the data right, then go on with --resume"
+        ) from self._data_error
 
     def _advance(self) -> None:
         sequences = self.stage.data.batch_sizes.at(self.state.stage_step)
@@ -133,8 +154,7 @@ class StageLoop:
         if log:
             self._log()
         if last or _due(step, self.stage.evaluation.every_steps):
-            with self._clock.paused():
-                self._evaluate()
+            self._evaluate_or_end()
         if save:
             self._write_checkpoint()
 
@@ -203,6 +223,15 @@ class StageLoop:
         self.state = self.state.model_copy(
             update={"skipped_steps": skipped, "seconds": self._clock.read(), **scale}
         )
+
+    def _evaluate_or_end(self) -> None:
+        try:
+            with self._clock.paused():
+                self._evaluate()
+        except DataError as error:
+            if self.step.world.share.ranks > 1:  # the others do not know
+                raise
+            self._data_error, self._request.data_failed = error, True
 
     def _evaluate(self) -> None:
         model, config = self.step.model, self.stage.evaluation

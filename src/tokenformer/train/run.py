@@ -276,8 +276,8 @@ class _Run:
             state = loop.run(bar)
         return model, named_state(model, step.optimizer), state
 
-    def _poll(self) -> None:
-        if self.request.poll(trouble=self.writer.failed):
+    def _poll(self, data_failed: bool) -> None:
+        if self.request.poll(trouble=self.writer.failed, data_failed=data_failed):
             self.writer.wait()
 
     def _save(
