@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -14,6 +15,7 @@ Argument = TypeVar("Argument")
 Result = TypeVar("Result")
 
 _RETRIES = 10
+_SECONDS_TO_CONNECT = 10
 
 
 class RayEngine:
@@ -49,6 +51,7 @@ class RayEngine:
                 ray.shutdown()
 
     def _connect(self) -> None:
+        _require_listening(self._address or os.environ.get("RAY_ADDRESS", ""))
         try:
             self._ray.init(address=self._address, log_to_driver=False, logging_level="error")
         except (ConnectionError, RuntimeError, ValueError, AssertionError) as error:
@@ -61,9 +64,25 @@ class RayEngine:
         except self._ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, TokenFormerError):
                 raise error.cause from None
+            if isinstance(error.cause, self._ray.exceptions.RayError):
+                raise TokenFormerError(
+                    f"ray: a task could not start; expected the same version of tokenformer on every machine "
+                    f"({error.cause})"
+                ) from error
             raise
         except self._ray.exceptions.RayError as error:  # what a task that is repeated in vain ends in
             raise TokenFormerError(f"ray: a task failed {_RETRIES + 1} times: {error}") from error
+
+
+def _require_listening(address: str) -> None:
+    """Refuse an address where nobody listens, which Ray itself finds out after minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon:
+        return  # auto, local or none
+    try:
+        socket.create_connection((host, int(port)), timeout=_SECONDS_TO_CONNECT).close()
+    except (OSError, ValueError) as error:
+        raise TokenFormerError(f"ray: no cluster at {address} ({error})") from error
 
 
 def _apply(function: Callable[[Any], Any], argument: Any) -> Any:
