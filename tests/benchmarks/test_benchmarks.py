@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from tokenformer.language.prepare import prepare
 from tokenformer.ops.pattention import NORM_ACTIVATIONS
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -153,3 +154,30 @@ def test_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     assert all(seconds > 0 for seconds in values["seconds"].values())
     assert "cold page cache, median of 1" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["load.json"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+def test_prepare(tmp_path: Path) -> None:
+    lines = (json.dumps({"text": f"words of document {number} " * 20}) for number in range(400))
+    (tmp_path / "corpus.jsonl").write_text("\n".join(lines))
+    made = prepare([tmp_path / "corpus.jsonl"], tmp_path / "bpe", tokenizer="bpe:300")
+    written = tmp_path / "prepare.json"
+    options = [
+        "--tokenizer",
+        made.path / "tokenizer.json",
+        "--repeats",
+        "2",
+        "--copies",
+        "3",
+        "--workers",
+        "2",
+    ]
+    command = [sys.executable, BENCHMARKS / "prepare.py", tmp_path / "corpus.jsonl", *options]
+    done = subprocess.run([*command, "--json", written], capture_output=True, text=True, check=True)
+    values = json.loads(written.read_text())
+    rows = {row["what"]: row for row in values["rows"]}
+    assert list(rows) == ["encode_batch", "prepare", "prepare, 3 copies"]
+    assert all(row["peak_megabytes"] > 20 and row["seconds"] > 0 for row in rows.values())
+    assert values["ratio"] > 0
+    assert f"prepare has {values['ratio']:.2f} of the throughput" in done.stdout

@@ -197,3 +197,24 @@ def test_presets_are_listed(run_command: RunCommand) -> None:
     assert code == 0, errors
     for name in PRESETS:
         assert any(line.startswith(f"{name} ") for line in printed.splitlines())
+
+
+def test_work_options(tmp_path: Path, run_command: RunCommand) -> None:
+    (tmp_path / "a.txt").write_text("".join(f"line {number:03}\n" for number in range(200)))
+    done = run_command(
+        "prepare", tmp_path / "a.txt", "--out", tmp_path / "data", "--workers", 1, "--shard-size", 500
+    )
+    assert done.code == 0, done.err
+    info = json.loads((tmp_path / "data" / "dataset.json").read_text())
+    assert info["splits"]["train"]["shards"] == 1  # a document is not divided
+    for options, message in (
+        (("--ray-address", "auto"), "--ray-address: needs --engine ray"),
+        (("--engine", "ray", "--workers", 2), "--workers: has no meaning with --engine ray"),
+        (("--engine", "spark"), "'spark' is not one of"),
+        (("--workers", 0), "greater than or equal to 1"),
+        (("--shard-size", 0), "greater than or equal to 1"),
+    ):
+        refused = run_command("prepare", tmp_path / "a.txt", "--out", tmp_path / "other", *options)
+        assert refused.code == 2
+        assert message in " ".join(refused.err.split())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "data"]

@@ -44,6 +44,7 @@ def files_of(path: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in path.iterdir()}
 
 
+@pytest.mark.slow
 def test_the_files_are_those_of_a_local_run_while_workers_are_killed(
     cluster: Any, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -95,6 +96,7 @@ def test_a_task_whose_worker_dies_is_repeated(tmp_path: Path) -> None:
     assert list(RayEngine().map_ordered(die_once, places)) == [(0, "0"), (1, "1"), (2, "2")]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_errors_of_tasks_come_through_without_a_trace() -> None:
     def fail(argument: int) -> None:
@@ -104,6 +106,7 @@ def test_errors_of_tasks_come_through_without_a_trace() -> None:
         list(RayEngine().map_ordered(fail, [(0, 1)]))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_a_cluster_without_this_package_is_an_error() -> None:
     with pytest.raises(TokenFormerError, match="the same version of tokenformer on every machine"):
