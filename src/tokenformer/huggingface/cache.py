@@ -67,7 +67,6 @@ def store_state(cache: DynamicCache, state: DecoderState) -> None:
         cache.layers.append(DynamicLayer())
     for layer, buffer in zip(cache.layers, buffers, strict=True):
         keys, values = (tensor[:, :, : state.length] for tensor in (buffer.key, buffer.value))
-        if not layer.is_initialized:
-            layer.lazy_initialization(keys, values)
         layer.keys, layer.values = keys, values
+        layer.dtype, layer.device, layer.is_initialized = keys.dtype, keys.device, True
     setattr(cache, _BUFFERS, buffers)

@@ -53,6 +53,10 @@ class NativeConfig(PretrainedConfig):
             values["dtype"] = str(self.dtype).removeprefix("torch.")
         return values | {"transformers_version": transformers.__version__}
 
+    def _get_non_default_generation_parameters(self) -> dict[str, Any]:
+        """None: transformers 4 would make a configuration without fields to compare with. (Version 5 does not ask.)"""
+        return {}
+
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
         """Nothing: ``auto_map`` names files that import this class, and no source is copied beside a model."""
