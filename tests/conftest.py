@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +37,7 @@ class Finished(NamedTuple):
 
 
 RunCommand = Callable[..., Finished]
+Torchrun = Callable[..., Finished]
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -103,5 +105,24 @@ def run_command(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPat
         except SystemExit as ended:
             code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
         return Finished(code, *capfd.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def torchrun() -> Torchrun:
+    """``torchrun(2, "-m", "tokenformer", ...)``: processes that work together on the CPU, as torchrun starts them."""
+
+    def run(processes: int, *command: object, timeout: float = 300) -> Finished:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        ended = subprocess.run(
+            [sys.executable, *launcher, *map(str, command)],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+        return Finished(ended.returncode, ended.stdout, ended.stderr)
 
     return run

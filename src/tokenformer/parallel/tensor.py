@@ -17,7 +17,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.distributed.tensor.parallel.style import ParallelStyle
 
 from tokenformer.layers.attention import SelfAttention
-from tokenformer.layers.pattention import Pattention
+from tokenformer.layers.pattention import Pattention, PattentionOp
 from tokenformer.models.transformer.model import MLP
 from tokenformer.ops.pattention import RowReductions, WeightKind, pattention
 from tokenformer.parallel.collectives import largest_of_ranks, sum_of_shares, to_ranks, total_of_ranks
@@ -31,9 +31,11 @@ def split_layers(module: nn.Module, mesh: DeviceMesh) -> None:
     """
     if mesh.size() == 1:
         return
+    op = _op_over(mesh)
     for layer in list(module.modules()):
         if isinstance(layer, Pattention):
             _split_tokens(layer, mesh)
+            layer.op = op  # one object for all: to the compiler they are then the same layer
         elif isinstance(layer, SelfAttention) and isinstance(layer.query, nn.Linear):
             _split_linear(
                 layer, mesh, {"query": _IN, "key": _IN, "value": _IN, "proj": _OUT}
@@ -56,11 +58,14 @@ def _split_tokens(layer: Pattention, mesh: DeviceMesh) -> None:
             # src_data_rank=None: every rank takes its part of what it has, nothing is sent
             split = distribute_tensor(tokens.detach(), mesh, [Shard(0)], src_data_rank=None)
             group[index] = nn.Parameter(split, tokens.requires_grad)
-    group_name = mesh.get_group().group_name
+
+
+def _op_over(mesh: DeviceMesh) -> PattentionOp:
+    group = mesh.get_group().group_name
     rows = RowReductions(
-        largest=partial(largest_of_ranks, group=group_name), total=partial(total_of_ranks, group=group_name)
+        largest=partial(largest_of_ranks, group=group), total=partial(total_of_ranks, group=group)
     )
-    layer.op = partial(_split_pattention, rows=rows, group=group_name)
+    return partial(_split_pattention, rows=rows, group=group)
 
 
 def _split_pattention(

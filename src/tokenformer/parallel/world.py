@@ -152,7 +152,9 @@ def _store(launch: Launch, timeout: timedelta) -> Any:
         raise TokenFormerError(
             f"rank {launch.rank} of {launch.world_size} did not meet the others at {where}: {error}"
         ) from error
-    return dist.PrefixStore("tokenformer", store)
+    # a process may meet the others several times, one run after another: each meeting has names of its own
+    meeting = (store.add("tokenformer/arrivals", 1) - 1) // launch.world_size
+    return dist.PrefixStore(f"tokenformer/{meeting}", store)
 
 
 def _is_first_to_fail(store: Any) -> bool:

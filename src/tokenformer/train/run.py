@@ -233,6 +233,7 @@ class _Run:
             model, moments, state = self._run_stage(index, model, moments, state, metrics)
             if self.request.signal_number is not None:
                 self.writer.finish()
+                self.ranks.first(lambda: None)  # a launcher may end all ranks as soon as one has left
                 raise self._interruption(state)
         self.writer.finish()
         self.say(f"model: {self.plan.out / 'model'}")
