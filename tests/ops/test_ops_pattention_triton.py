@@ -178,6 +178,16 @@ def test_what_needs_no_gradient_is_not_computed() -> None:
         torch.testing.assert_close(found, expected)
 
 
+def test_projections_that_nothing_depends_on() -> None:
+    x, keys, values = draw((4, 6), 3, (5, 2), 3)
+    kind = WeightKind("gelu_l2_norm", 7.0)
+    leaves = [x, *chain(*keys, *values)]
+    found = torch.autograd.grad(fused(x, keys, values, kind)[1].sum(), leaves, materialize_grads=True)
+    expected = torch.autograd.grad(defined(x, keys, values, kind)[1].sum(), leaves, materialize_grads=True)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_the_graph_can_be_walked_twice() -> None:
     x, keys, values = draw((4, 6), 3, (5,), 1)
     total = fused(x, keys, values, WeightKind("l2_norm_gelu", 5.0))[0].sum()

@@ -55,7 +55,7 @@ def pattention_fused(
     """
     all_keys, all_values = _concatenated(keys), _concatenated(values)
     d_out = all_values.shape[1]
-    out, _, _ = pattention_forward(
+    outputs, _, _ = pattention_forward(
         x.reshape(-1, x.shape[-1]),
         all_keys,
         all_values.reshape(len(values), -1, d_out),
@@ -64,7 +64,7 @@ def pattention_fused(
         _trained_spans(values),
         torch.is_grad_enabled() and any(t.requires_grad for t in (x, all_keys, all_values)),
     )
-    return [projection.reshape(*x.shape[:-1], d_out) for projection in out.unbind(0)]
+    return [out.reshape(*x.shape[:-1], d_out) for out in outputs]
 
 
 def _concatenated(tokens: Sequence[Sequence[Tensor]]) -> Tensor:
@@ -73,10 +73,8 @@ def _concatenated(tokens: Sequence[Sequence[Tensor]]) -> Tensor:
 
 
 def _trained_spans(tokens: Sequence[Sequence[Tensor]]) -> list[int]:
-    """[start, stop, start, stop, ...] over the tokens of all projections: neighbours that are trained, within one
-    projection unless all are."""
-    if all(group.requires_grad for projection in tokens for group in projection):
-        return [0, sum(group.shape[0] for projection in tokens for group in projection)]
+    """[start, stop, start, stop, ...] over the tokens of all projections: neighbours within one projection that are
+    trained."""
     spans: list[int] = []
     position = 0
     for projection in tokens:
@@ -86,7 +84,7 @@ def _trained_spans(tokens: Sequence[Sequence[Tensor]]) -> list[int]:
             if group.requires_grad:
                 spans = [*spans[:-1], stop] if extends else [*spans, position, stop]
             extends, position = group.requires_grad, stop
-    return spans
+    return spans or [0, 0]  # torch would take an empty list for one of tensors
 
 
 @torch.library.custom_op("tokenformer::pattention_forward", mutates_args=())
@@ -101,10 +99,10 @@ def pattention_forward(
     key_spans: list[int],
     value_spans: list[int],
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[list[Tensor], Tensor, Tensor]:
     """p projections of ``x`` [rows, d_in]; ``key`` [p * n, d_in], ``value`` [p, n, d_out].
 
-    Returns the outputs [p, rows, d_out], and for the backward what is kept of the scores [rows * p, n] and their
+    Returns p outputs [rows, d_out], and for the backward what is kept of the scores [rows * p, n] and their
     statistics [rows * p, 2]; both empty unless ``keep``. The spans name the tokens whose gradient will be wanted.
     """
     from tokenformer.ops.pattention_rows import weights_forward
@@ -113,13 +111,14 @@ def pattention_forward(
     scores = torch.mm(x, key.t()).view(-1, n)
     kind = _kind(norm_activation, tau, gelu_approximate, norm_eps)
     weights, kept, statistics = weights_forward(scores, kind, keep=keep)
-    out = _batched(_by_projection(weights, projections), value)
-    return out, kept if keep else x.new_empty(0, n), statistics if keep else statistics.new_empty(0, 2)
+    by_projection = weights.view(-1, projections, n).unbind(1)
+    outputs = [torch.mm(*pair) for pair in zip(by_projection, value, strict=True)]
+    return outputs, kept if keep else x.new_empty(0, n), statistics if keep else statistics.new_empty(0, 2)
 
 
 @torch.library.custom_op("tokenformer::pattention_backward", mutates_args=())
 def pattention_backward(
-    grad: Tensor,
+    grads: list[Tensor],
     x: Tensor,
     key: Tensor,
     value: Tensor,
@@ -133,15 +132,17 @@ def pattention_backward(
     value_spans: list[int],
     need_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, key and value from ``grad`` [p, rows, d_out]; zero outside the spans, empty for an unwanted x."""
+    """Gradients of x, key and value from ``grads``, p times [rows, d_out]; zero outside the spans, empty for
+    an unwanted x."""
     from tokenformer.ops.pattention_rows import weights_backward
 
     projections, n, _ = value.shape
     score_grads = torch.empty_like(kept)
-    _batched(grad, value.transpose(1, 2), out=_by_projection(score_grads, projections))
+    for grad, tokens, out in zip(grads, value, score_grads.view(-1, projections, n).unbind(1), strict=True):
+        torch.mm(grad, tokens.t(), out=out)
     kind = _kind(norm_activation, tau, gelu_approximate, norm_eps)
     weights, score_grads = weights_backward(kept, score_grads, statistics, kind)
-    value_grad = _value_gradient(_by_projection(weights, projections), grad, value_spans)
+    value_grad = _value_gradient(weights.view(-1, projections, n), grads, value_spans)
     del weights
     score_grads = score_grads.view(-1, projections * n)
     key_grad = _key_gradient(score_grads, x, key_spans)
@@ -149,35 +150,34 @@ def pattention_backward(
 
 
 @pattention_forward.register_fake
-def _(x: Tensor, key: Tensor, value: Tensor, *kind_and_spans: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _(x: Tensor, key: Tensor, value: Tensor, *kind_and_spans: Any) -> tuple[list[Tensor], Tensor, Tensor]:
     (projections, n, d_out), rows = value.shape, x.shape[0]
     kept = rows * projections if kind_and_spans[-1] else 0
     statistics = x.new_empty(kept, 2, dtype=torch.float32)
-    return x.new_empty(projections, rows, d_out), x.new_empty(kept, n), statistics
+    return [x.new_empty(rows, d_out) for _ in range(projections)], x.new_empty(kept, n), statistics
 
 
 @pattention_backward.register_fake
 def _(
-    grad: Tensor, x: Tensor, key: Tensor, value: Tensor, *rest_and_need: Any
+    grads: list[Tensor], x: Tensor, key: Tensor, value: Tensor, *rest_and_need: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_x = torch.empty_like(x) if rest_and_need[-1] else x.new_empty(0)
     return grad_x, key.new_empty(key.shape), value.new_empty(value.shape)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[list[Tensor], Tensor, Tensor]) -> None:
     x, key, value, *options, _ = inputs
     _, kept, statistics = output
     ctx.mark_non_differentiable(kept, statistics)
-    ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, key, value, kept, statistics)
     ctx.options = options
 
 
-def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grads: list[Tensor], *_: Tensor | None) -> tuple[Tensor | None, ...]:
     need_x, need_key, need_value, *others = ctx.needs_input_grad
     *kind, key_spans, value_spans = ctx.options
     grad_x, grad_key, grad_value = pattention_backward(
-        grad,
+        grads,
         *ctx.saved_tensors,
         *kind,
         key_spans if need_key else [],
@@ -199,25 +199,10 @@ def _kind(norm_activation: Any, tau: float, gelu_approximate: Any, norm_eps: flo
     return WeightKind(norm_activation, tau, gelu_approximate, norm_eps)
 
 
-def _by_projection(rows: Tensor, projections: int) -> Tensor:
-    """[rows * p, n], the projections of a row together, as a view [p, rows, n]."""
-    return rows.view(-1, projections, rows.shape[1]).transpose(0, 1)
-
-
-def _batched(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """[p, i, j] and [p, j, k] to [p, i, k]; one projection as a plain product, for which the library knows more."""
-    if a.shape[0] > 1:
-        return torch.bmm(a, b, out=out)
-    if out is None:
-        return torch.mm(a[0], b[0])[None]
-    torch.mm(a[0], b[0], out=out[0])
-    return out
-
-
 def _key_gradient(score_grads: Tensor, x: Tensor, spans: list[int]) -> Tensor:
     """[rows, p * n] and [rows, d_in] to [p * n, d_in]."""
     tokens = score_grads.shape[1]
-    if spans == [0, tokens]:
+    if _cover(spans, tokens):
         return torch.mm(score_grads.t(), x)
     total = x.new_zeros(tokens, x.shape[1])
     for start, stop in zip(spans[::2], spans[1::2], strict=True):
@@ -225,14 +210,17 @@ def _key_gradient(score_grads: Tensor, x: Tensor, spans: list[int]) -> Tensor:
     return total
 
 
-def _value_gradient(weights: Tensor, grad: Tensor, spans: list[int]) -> Tensor:
-    """[p, rows, n] and [p, rows, d_out] to [p, n, d_out]."""
-    projections, _, n = weights.shape
-    if spans == [0, projections * n]:
-        return _batched(weights.transpose(1, 2), grad)
-    total = grad.new_zeros(projections, n, grad.shape[2])
+def _value_gradient(weights: Tensor, grads: list[Tensor], spans: list[int]) -> Tensor:
+    """[rows, p, n] and p times [rows, d_out] to [p, n, d_out]."""
+    _, projections, n = weights.shape
+    size = (projections, n, grads[0].shape[1])
+    total = grads[0].new_empty(size) if _cover(spans, projections * n) else grads[0].new_zeros(size)
     for start, stop in zip(spans[::2], spans[1::2], strict=True):
         p, first = divmod(start, n)
         columns = slice(first, first + stop - start)
-        torch.mm(weights[p, :, columns].t(), grad[p], out=total[p, columns])
+        torch.mm(weights[:, p, columns].t(), grads[p], out=total[p, columns])
     return total
+
+
+def _cover(spans: list[int], tokens: int) -> bool:
+    return sum(spans[1::2]) - sum(spans[::2]) == tokens
