@@ -1,0 +1,1 @@
+"""Drills: what a run must survive, done to real runs. ``python -m drills --help``."""

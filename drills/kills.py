@@ -1,0 +1,97 @@
+"""Runs killed with SIGKILL at random moments and started again until they are done."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import random
+from collections import defaultdict
+from collections.abc import Sequence
+from multiprocessing.context import BaseContext
+from pathlib import Path
+from statistics import mean
+
+from drills.child import PHASES, Kill, train_and_note
+from drills.outcome import Outcome
+from drills.subject import differences, samples_of_steps, write_data, write_recipe
+
+_KILLS_OF_A_RUN = (1, 2, 3)
+_TIMEOUT = 600.0
+
+
+def killed_runs(folder: Path, runs: int, seed: int) -> list[Outcome]:
+    """``runs`` ladders, each killed one to three times: in a step, in a checkpoint, in an export, in a growth, in turns;
+    half of them write their checkpoints in the background. Each must end as one that was never disturbed.
+
+    The moment is drawn from ``seed`` over how long the phase took in the undisturbed run.
+    """
+    data = write_data(folder)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tokenformer.train.run", "tokenformer.train.checkpoint.writer"])
+    whole = folder / "whole"
+    recipe = write_recipe(folder / "whole.yaml", data)
+    _train(context, recipe, whole, None)
+    durations = _durations(whole.with_suffix(".durations"))
+    draw = random.Random(seed)
+    return [_killed_run(context, folder, data, index, whole, durations, draw) for index in range(runs)]
+
+
+def _killed_run(
+    context: BaseContext,
+    folder: Path,
+    data: Path,
+    index: int,
+    whole: Path,
+    durations: dict[str, list[float]],
+    draw: random.Random,
+) -> Outcome:
+    out = folder / f"run-{index}"
+    recipe = write_recipe(
+        folder / f"run-{index}.yaml",
+        data,
+        checkpoint={"every_steps": draw.choice([1, 2, 3]), "asynchronous": bool(index % 2)},
+    )
+    kills = []
+    for attempt in range(draw.choice(_KILLS_OF_A_RUN)):
+        kill = _draw_kill(PHASES[(index + attempt) % len(PHASES)], durations, draw)
+        if _train(context, recipe, out, kill) != 0:
+            kills.append(kill)
+    code = _train(context, recipe, out, None)
+    problems = [f"exit code {code}"] if code else differences(out, whole)
+    found, expected = (samples_of_steps(path.with_suffix(".samples")) for path in (out, whole))
+    if found != expected:
+        problems.append("samples")
+    if len(set(expected.values())) != len(expected):
+        problems.append("the undisturbed run read a sample twice")
+    how = ", ".join(f"{kill.phase} {kill.occurrence} +{1000 * kill.delay:.0f} ms" for kill in kills)
+    return Outcome("killed run", f"{index}: killed in {how or 'no phase (it was done before)'}", problems)
+
+
+def _draw_kill(phase: str, durations: dict[str, list[float]], draw: random.Random) -> Kill:
+    """A moment in one of the first calls of ``phase``, which a run that goes on has too."""
+    calls = durations[phase]
+    occurrence = draw.randrange(max(1, len(calls) // 2))
+    return Kill(phase, occurrence, draw.uniform(0, mean(calls)))
+
+
+def _train(context: BaseContext, recipe: Path, out: Path, kill: Kill | None) -> int | None:
+    """The exit code of a training process, -9 when it was killed."""
+    arguments = (str(recipe), str(out), str(out.with_suffix(".samples")), kill)
+    process = context.Process(target=train_and_note, args=arguments)  # type: ignore[attr-defined]
+    process.start()
+    process.join(_TIMEOUT)
+    if process.is_alive():
+        process.kill()
+        raise TimeoutError(f"{out}: not done after {_TIMEOUT:.0f} s")
+    code: int | None = process.exitcode
+    return code
+
+
+def _durations(path: Path) -> dict[str, list[float]]:
+    durations: defaultdict[str, list[float]] = defaultdict(list)
+    for line in path.read_text().splitlines():
+        record = json.loads(line)
+        durations[record["phase"]].append(record["seconds"])
+    missing: Sequence[str] = [phase for phase in PHASES if not durations[phase]]
+    assert not missing, f"the undisturbed run has no {missing}"
+    return durations
