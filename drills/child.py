@@ -9,12 +9,16 @@ import hashlib
 import json
 import os
 import signal
+import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
+
+_FOREVER = 86400.0
 
 PHASES = ("step", "checkpoint", "export", "growth")
 
@@ -27,26 +31,44 @@ class Kill(NamedTuple):
     delay: float
 
 
-def train_and_note(recipe: str, out: str, log: str, kill: Kill | None) -> None:
-    """Train with ``--resume``; ``log`` gets a JSON line for each step's samples and for each phase's duration."""
+class Orders(NamedTuple):
+    """What a training process does to itself: be killed; in step ``nan_step`` (from 0, of the process) have a loss
+    that is not a number; in ``signal_step`` send itself ``signal_number``; in ``sleep_step`` sleep for ever."""
+
+    kill: Kill | None = None
+    nan_step: int | None = None
+    signal_step: int | None = None
+    signal_number: int = signal.SIGTERM
+    sleep_step: int | None = None
+
+
+def train_and_note(recipe: str, out: str, words: str, environment: dict[str, str], orders: Orders) -> None:
+    """Train with ``--resume``; what is printed goes to ``words``, each step's samples and each phase's duration to
+    files beside ``out``. The process ends with the exit code of the command line."""
+    os.environ.update(environment)
+    with open(words, "w", buffering=1) as file:  # noqa: PTH123
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    from tokenformer.cli.main import main
     from tokenformer.train import run as run_module
     from tokenformer.train.checkpoint import export, writer
-    from tokenformer.train.config import load_run_config
     from tokenformer.train.step import TrainStep
 
-    notes = _Notes(Path(log), kill)
+    notes = _Notes(out, orders)
     TrainStep.__call__ = notes.noting_samples(TrainStep.__call__)  # type: ignore[method-assign]
     writer.write_contents = notes.timed("checkpoint", writer.write_contents)
     export.export_model = notes.timed("export", export.export_model)
     run_module.grow_for_stage = notes.timed("growth", run_module.grow_for_stage)
-    run_module.train(load_run_config(recipe), out, resume=True, quiet=True)
+    sys.argv = ["tokenformer", "train", recipe, "--out", out, "--resume"]
+    main()
 
 
 class _Notes:
-    def __init__(self, log: Path, kill: Kill | None) -> None:
-        self._samples = log.open("a")
-        self._durations = log.with_suffix(".durations").open("a")
-        self._kill = kill
+    def __init__(self, out: str, orders: Orders) -> None:
+        rank = os.environ.get("RANK", "0")
+        self._samples = Path(f"{out}.samples-{rank}").open("a")
+        self._durations = Path(f"{out}.durations-{rank}").open("a")
+        self._orders = orders
         self._calls: Counter[str] = Counter()
 
     def timed(self, phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -65,14 +87,21 @@ class _Notes:
 
         def step(trainer: Any, batches: Iterator[Any], *arguments: Any) -> Any:
             digest = hashlib.sha256()
+            number = self._calls["step"]
+            if number == self._orders.signal_step:
+                signal.raise_signal(self._orders.signal_number)
+            if number == self._orders.sleep_step:
+                time.sleep(_FOREVER)
 
             def noted() -> Iterator[Any]:
                 for batch in batches:
                     digest.update(batch.inputs.numpy().tobytes())
                     yield batch
 
-            result = timed(trainer, noted(), *arguments)
-            self._write(self._samples, {"stage": trainer.stage.name, "stage_step": arguments[0], "samples": digest.hexdigest()})
+            with _nan_loss(trainer) if number == self._orders.nan_step else nullcontext():
+                result = timed(trainer, noted(), *arguments)
+            place = {"stage": trainer.stage.name, "stage_step": arguments[0]}
+            self._write(self._samples, place | {"samples": digest.hexdigest()})
             return result
 
         return step
@@ -84,7 +113,24 @@ class _Notes:
     def _arm(self, phase: str) -> None:
         occurrence = self._calls[phase]
         self._calls[phase] += 1
-        if self._kill is not None and (phase, occurrence) == self._kill[:2]:
-            timer = threading.Timer(self._kill.delay, os.kill, (os.getpid(), signal.SIGKILL))
+        kill = self._orders.kill
+        if kill is not None and (phase, occurrence) == kill[:2]:
+            timer = threading.Timer(kill.delay, os.kill, (os.getpid(), signal.SIGKILL))
             timer.daemon = True
             timer.start()
+
+
+@contextmanager
+def _nan_loss(trainer: Any) -> Iterator[None]:
+    """The task's loss is not a number while the block runs, nor is any gradient."""
+    loss = trainer.task.loss
+
+    def sick(*arguments: Any, **options: Any) -> Any:
+        healthy = loss(*arguments, **options)
+        return healthy._replace(nats=healthy.nats * float("nan"))
+
+    trainer.task.loss = sick
+    try:
+        yield
+    finally:
+        del trainer.task.loss

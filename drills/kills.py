@@ -3,41 +3,37 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import random
 from collections import defaultdict
 from collections.abc import Sequence
-from multiprocessing.context import BaseContext
 from pathlib import Path
 from statistics import mean
 
-from drills.child import PHASES, Kill, train_and_note
+from drills.child import PHASES, Kill
 from drills.outcome import Outcome
+from drills.processes import Trainer
 from drills.subject import differences, samples_of_steps, write_data, write_recipe
 
 _KILLS_OF_A_RUN = (1, 2, 3)
-_TIMEOUT = 600.0
 
 
-def killed_runs(folder: Path, runs: int, seed: int) -> list[Outcome]:
-    """``runs`` ladders, each killed one to three times: in a step, in a checkpoint, in an export, in a growth, in turns;
-    half of them write their checkpoints in the background. Each must end as one that was never disturbed.
+def killed_runs(folder: Path, trainer: Trainer, runs: int, seed: int) -> list[Outcome]:
+    """``runs`` ladders, each killed one to three times: in a step, a checkpoint, an export and a growth in turns; half
+    of them write their checkpoints in the background. Each must end as one that was never disturbed.
 
     The moment is drawn from ``seed`` over how long the phase took in the undisturbed run.
     """
     data = write_data(folder)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tokenformer.train.run", "tokenformer.train.checkpoint.writer"])
     whole = folder / "whole"
     recipe = write_recipe(folder / "whole.yaml", data)
-    _train(context, recipe, whole, None)
-    durations = _durations(whole.with_suffix(".durations"))
+    trainer.train(recipe, whole)
+    durations = _durations(whole.with_name("whole.durations-0"))
     draw = random.Random(seed)
-    return [_killed_run(context, folder, data, index, whole, durations, draw) for index in range(runs)]
+    return [_killed_run(trainer, folder, data, index, whole, durations, draw) for index in range(runs)]
 
 
 def _killed_run(
-    context: BaseContext,
+    trainer: Trainer,
     folder: Path,
     data: Path,
     index: int,
@@ -54,11 +50,11 @@ def _killed_run(
     kills = []
     for attempt in range(draw.choice(_KILLS_OF_A_RUN)):
         kill = _draw_kill(PHASES[(index + attempt) % len(PHASES)], durations, draw)
-        if _train(context, recipe, out, kill) != 0:
+        if trainer.train(recipe, out, kill).code != 0:
             kills.append(kill)
-    code = _train(context, recipe, out, None)
-    problems = [f"exit code {code}"] if code else differences(out, whole)
-    found, expected = (samples_of_steps(path.with_suffix(".samples")) for path in (out, whole))
+    end = trainer.train(recipe, out)
+    problems = [f"exit code {end.code}: {end.words}"] if end.code else differences(out, whole)
+    found, expected = (samples_of_steps(path.with_name(f"{path.name}.samples-0")) for path in (out, whole))
     if found != expected:
         problems.append("samples")
     if len(set(expected.values())) != len(expected):
@@ -72,19 +68,6 @@ def _draw_kill(phase: str, durations: dict[str, list[float]], draw: random.Rando
     calls = durations[phase]
     occurrence = draw.randrange(max(1, len(calls) // 2))
     return Kill(phase, occurrence, draw.uniform(0, mean(calls)))
-
-
-def _train(context: BaseContext, recipe: Path, out: Path, kill: Kill | None) -> int | None:
-    """The exit code of a training process, -9 when it was killed."""
-    arguments = (str(recipe), str(out), str(out.with_suffix(".samples")), kill)
-    process = context.Process(target=train_and_note, args=arguments)  # type: ignore[attr-defined]
-    process.start()
-    process.join(_TIMEOUT)
-    if process.is_alive():
-        process.kill()
-        raise TimeoutError(f"{out}: not done after {_TIMEOUT:.0f} s")
-    code: int | None = process.exitcode
-    return code
 
 
 def _durations(path: Path) -> dict[str, list[float]]:

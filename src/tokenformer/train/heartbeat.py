@@ -1,0 +1,155 @@
+"""Which rank is behind: every rank tells the others how far it is, so that a hung collective ends with a name."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from datetime import datetime, timedelta
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+
+EXIT_HUNG = 75
+"""Exit code of a rank that waited in vain for another; ``EX_TEMPFAIL`` of sysexits.h: going on may succeed."""
+
+_SHARE_OF_TIMEOUT = 0.9  # before the collective itself gives up, whose message names no rank
+_ASKING = timedelta(seconds=5)
+
+
+class Pulse(NamedTuple):
+    """How far a rank is: ``beats`` so far, the last at ``time`` (seconds since the epoch) in ``step``,
+    where it began ``doing`` something; ``alive`` is when its process last said so."""
+
+    rank: int
+    host: str
+    pid: int
+    beats: int
+    step: int
+    doing: str
+    time: float
+    alive: float
+
+    def describe(self, now: float) -> str:
+        """One line for the user."""
+        since = datetime.fromtimestamp(self.time).astimezone().strftime("%H:%M:%S")
+        silent = now - self.alive
+        gone = (
+            f"; its process has not been heard of for {silent:.0f} s" if silent > _ASKING.seconds * 3 else ""
+        )
+        return (
+            f"rank {self.rank} (process {self.pid} on {self.host}): step {self.step}, {self.doing} since {since}, "
+            f"{now - self.time:.0f} s ago{gone}"
+        )
+
+
+class Heartbeat:
+    """Beats of this rank, and a thread that compares them with those of the others.
+
+    A rank that has come no further for nine tenths of ``timeout``, while another has fewer beats or its process is
+    silent, ends its process with :data:`EXIT_HUNG` and a message that names the rank that is behind. Where all stand
+    at the same place, nothing is done: that may be a long compilation.
+
+    Args:
+        store: where the ranks meet; None for a process alone, which then does nothing.
+        rank: of this process.
+        world_size: of the run.
+        timeout: seconds, as of the collectives.
+        end: called with the message in place of ending the process.
+    """
+
+    def __init__(
+        self,
+        store: dist.Store | None,
+        rank: int,
+        world_size: int,
+        timeout: float,
+        end: Callable[[str], None] | None = None,
+    ) -> None:
+        self._store = None if store is None else dist.PrefixStore("heartbeat", store)
+        self._rank = rank
+        self._world_size = world_size
+        self._limit = _SHARE_OF_TIMEOUT * timeout
+        self._period = min(_ASKING.total_seconds(), timeout / 20)
+        self._end = end or _end_process
+        self._stopped = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._own = Pulse(rank, socket.gethostname(), os.getpid(), 0, 0, "starting", time.time(), time.time())
+
+    def beat(self, step: int, doing: str) -> None:
+        """Say that this rank is at ``step`` and begins ``doing`` something; costs nothing."""
+        self._own = self._own._replace(beats=self._own.beats + 1, step=step, doing=doing, time=time.time())
+
+    def diagnosis(self) -> str:
+        """Where each rank is, the one that is behind first; empty for a process alone."""
+        now = time.time()
+        pulses = sorted(self._ask(), key=lambda pulse: (pulse.beats, pulse.alive))
+        return "\n".join(f"  {pulse.describe(now)}" for pulse in pulses)
+
+    def __enter__(self) -> Heartbeat:
+        if self._store is not None:
+            self._tell()
+            self._thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stopped.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._stopped.wait(self._period):
+            try:
+                self._tell()
+                stuck = time.time() - self._own.time > self._limit
+                behind = self._behind() if stuck else None
+            except (dist.DistError, RuntimeError) as error:
+                if self._stopped.wait(self._limit):  # the process that keeps the store is gone, or is leaving
+                    return
+                self._end(f"the first process of the run no longer answers ({str(error).splitlines()[0]})")
+                return
+            if behind is not None:
+                self._end(
+                    f"hung: no step for {time.time() - self._own.time:.0f} s, waiting for rank {behind.rank}:\n"
+                    f"{self.diagnosis()}"
+                )
+                return
+
+    def _behind(self) -> Pulse | None:
+        """The rank that all wait for: of fewer beats than another, or silent."""
+        now = time.time()
+        pulses = self._ask()
+        silent = [pulse for pulse in pulses if now - pulse.alive > self._limit]
+        first = min(silent or pulses, key=lambda pulse: pulse.beats)
+        if silent or first.count < max(pulse.beats for pulse in pulses):
+            return first
+        return None
+
+    def _tell(self) -> None:
+        assert self._store is not None
+        self._own = self._own._replace(alive=time.time())
+        self._store.set(str(self._rank), json.dumps(self._own))
+
+    def _ask(self) -> list[Pulse]:
+        if self._store is None:
+            return []
+        pulses = [self._own]
+        for rank in range(self._world_size):
+            if rank != self._rank and self._store.check([str(rank)]):
+                told: list[Any] = json.loads(self._store.get(str(rank)))
+                pulses.append(Pulse(*told))
+        return pulses
+
+
+def _end_process(message: str) -> None:
+    """The main thread waits inside a collective and cannot be reached: nothing less ends the process."""
+    print(f"error: {message}\ngo on from the last checkpoint with --resume", file=sys.stderr, flush=True)
+    os._exit(EXIT_HUNG)
