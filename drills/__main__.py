@@ -17,8 +17,9 @@ from drills.damage import damaged_checkpoints, full_disk, lost_data
 from drills.kills import killed_runs
 from drills.outcome import Outcome
 from drills.processes import Trainer
+from drills.ranks import hung_rank, lost_ranks, other_numbers, sick_rank
 
-DRILLS = ("kills", "damage", "data", "disk")
+DRILLS = ("kills", "damage", "data", "disk", "lost", "numbers", "hung", "sick")
 
 
 def main() -> int:
@@ -38,6 +39,10 @@ def main() -> int:
         "damage": lambda folder: damaged_checkpoints(folder, trainer),
         "data": lambda folder: lost_data(folder, trainer),
         "disk": lambda folder: full_disk(folder, trainer),
+        "lost": lambda folder: lost_ranks(folder, max(1, options.runs // 5), options.seed),
+        "numbers": lambda folder: other_numbers(folder, trainer),
+        "hung": lambda folder: hung_rank(folder, trainer),
+        "sick": lambda folder: sick_rank(folder, trainer, options.seed),
     }
     outcomes: list[Outcome] = []
     with tempfile.TemporaryDirectory() as scratch:

@@ -66,8 +66,8 @@ def train_and_note(recipe: str, out: str, words: str, environment: dict[str, str
 class _Notes:
     def __init__(self, out: str, orders: Orders) -> None:
         rank = os.environ.get("RANK", "0")
-        self._samples = Path(f"{out}.samples-{rank}").open("a")
-        self._durations = Path(f"{out}.durations-{rank}").open("a")
+        self._samples = Path(f"{out}.samples-{rank}").open("a")  # noqa: SIM115
+        self._durations = Path(f"{out}.durations-{rank}").open("a")  # noqa: SIM115
         self._orders = orders
         self._calls: Counter[str] = Counter()
 

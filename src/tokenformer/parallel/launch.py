@@ -56,6 +56,11 @@ def find_launch(environment: Mapping[str, str] = os.environ) -> Launch:
     return Launch()
 
 
+def is_restart(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether torchrun has started these processes again after one was lost (``--max-restarts``)."""
+    return environment.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+
 def first_host(nodes: str) -> str:
     """The first host of SLURM's short form of a list: ``node[003-005,9],other`` -> ``node003``.
 

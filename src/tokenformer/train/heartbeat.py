@@ -8,12 +8,15 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
 from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
+
+from tokenformer.errors import TokenFormerError
 
 EXIT_HUNG = 75
 """Exit code of a rank that waited in vain for another; ``EX_TEMPFAIL`` of sysexits.h: going on may succeed."""
@@ -85,6 +88,28 @@ class Heartbeat:
         """Say that this rank is at ``step`` and begins ``doing`` something; costs nothing."""
         self._own = self._own._replace(beats=self._own.beats + 1, step=step, doing=doing, time=time.time())
 
+    @contextmanager
+    def explaining(self) -> Iterator[None]:
+        """Say where the ranks are when a collective operation fails in the block: a rank is lost, or too late.
+
+        Raises:
+            TokenFormerError: in place of the error of the process group.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if self._store is None or not _is_collective(error):
+                raise
+            with suppress(Exception):  # the store may be gone with the first process
+                self._tell()
+            where = "the first process of the run no longer answers"
+            with suppress(Exception):
+                where = f"where the ranks were last:\n{self.diagnosis()}"
+            raise TokenFormerError(
+                f"rank {self._rank}: lost touch with another rank in step {self._own.step}, {self._own.doing} "
+                f"({str(error).splitlines()[0]}); {where}\nGo on from the last checkpoint with --resume"
+            ) from error
+
     def diagnosis(self) -> str:
         """Where each rank is, the one that is behind first; empty for a process alone."""
         now = time.time()
@@ -129,7 +154,7 @@ class Heartbeat:
         pulses = self._ask()
         silent = [pulse for pulse in pulses if now - pulse.alive > self._limit]
         first = min(silent or pulses, key=lambda pulse: pulse.beats)
-        if silent or first.count < max(pulse.beats for pulse in pulses):
+        if silent or first.beats < max(pulse.beats for pulse in pulses):
             return first
         return None
 
@@ -147,6 +172,11 @@ class Heartbeat:
                 told: list[Any] = json.loads(self._store.get(str(rank)))
                 pulses.append(Pulse(*told))
         return pulses
+
+
+def _is_collective(error: RuntimeError) -> bool:
+    """Whether a process group failed; gloo has no type of error of its own."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error).lower() or "NCCL" in str(error)
 
 
 def _end_process(message: str) -> None:

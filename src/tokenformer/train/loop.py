@@ -31,8 +31,8 @@ class StageLoop:
 
     ``save`` writes a checkpoint of a state; it is called when one is due, at the end of the stage and on a
     stop request. ``poll`` brings the request up to date, at the same place of a step on all ranks (its argument says
-    whether this one's data cannot be read any more), and raises what went wrong in the background. ``say`` prints a
-    line for the user.
+    whether this one's data cannot be read any more), and raises what went wrong in the background. ``beat`` tells
+    the other ranks the step at hand and what is begun in it. ``say`` prints a line for the user.
     """
 
     def __init__(
@@ -46,6 +46,7 @@ class StageLoop:
         say: Callable[[str], None],
         request: StopRequest,
         poll: Callable[[bool], None],
+        beat: Callable[[int, str], None],
     ) -> None:
         self.step = step
         self.stage = stage
@@ -55,6 +56,7 @@ class StageLoop:
         self._say = say
         self._request = request
         self._poll = poll
+        self._beat = beat
         self._clock = TrainingClock(step.device, state.seconds)
         self._window = MetricsWindow(step.device, stage.stability.max_nonfinite_steps)
         self._flops_per_token = step.model.config.flops_per_token(stage.data.sequence_length)
@@ -89,6 +91,7 @@ class StageLoop:
             self._end_without_data()
             while self.state.stage_step < self.stage.steps and self._request.signal_number is None:
                 step, before = self.state.stage_step, self.state.tokens
+                self._beat(self.state.step, "computing")
                 result = self.step(iter(ready), step, len(ready))
                 self._window.add(result)
                 self._advance()
@@ -104,6 +107,7 @@ class StageLoop:
     def _read(self, batches: Iterator[Any], passes: int) -> list[Any]:
         """The micro-batches of the next step. Where a rank's cannot be read, all learn of it here: they end together,
         since a checkpoint takes all of them."""
+        self._beat(self.state.step, "reading data")
         ready = []
         try:
             ready = list(islice(batches, passes))
@@ -193,6 +197,7 @@ class StageLoop:
         )
 
     def _write_checkpoint(self) -> None:
+        self._beat(self.state.step, "saving")
         self._count_skipped()
         with self._clock.paused():
             self._save(self.state)
@@ -234,6 +239,7 @@ class StageLoop:
             self._data_error, self._request.data_failed = error, True
 
     def _evaluate(self) -> None:
+        self._beat(self.state.step, "evaluating")
         model, config = self.step.model, self.stage.evaluation
         with torch.no_grad(), autocast(self.step.dtype, self.step.device):
             values = self.step.task.evaluate(

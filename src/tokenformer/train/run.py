@@ -17,7 +17,7 @@ from tokenformer.models.base import LanguageModel
 from tokenformer.models.card import model_card
 from tokenformer.models.config import DecoderConfig
 from tokenformer.models.registry import load_config
-from tokenformer.parallel.launch import find_launch
+from tokenformer.parallel.launch import find_launch, is_restart
 from tokenformer.parallel.sizes import mesh_sizes
 from tokenformer.parallel.world import World, joined, meet
 from tokenformer.progress import progress_bar, short_number
@@ -36,6 +36,7 @@ from tokenformer.train.checkpoint.rng import restore_rng, rng_state
 from tokenformer.train.checkpoint.writer import CheckpointWriter, writes_in_background
 from tokenformer.train.config import CONFIG_FILE, RunConfig, StageConfig
 from tokenformer.train.device import process_settings, rank_device
+from tokenformer.train.heartbeat import Heartbeat
 from tokenformer.train.interrupts import RunInterrupted, StopRequest, stop_requests
 from tokenformer.train.lock import run_lock
 from tokenformer.train.loop import StageLoop
@@ -70,8 +71,9 @@ class RunResult:
 def train(config: RunConfig, out: Path | str, *, resume: bool = False, quiet: bool = False) -> RunResult:
     """Train as ``config`` says and write the run directory ``out``.
 
-    With ``resume`` the run goes on from its newest checkpoint, or starts where there is none; on a CPU the result
-    is bit for bit that of a run that was never interrupted.
+    With ``resume``, and when torchrun has started its processes again, the run goes on from its newest whole
+    checkpoint, or starts where there is none; on a CPU the result is bit for bit that of a run that was never
+    interrupted.
 
     Raises:
         TokenFormerError: anything the user can put right; nothing is written for what is found before the start.
@@ -83,11 +85,14 @@ def train(config: RunConfig, out: Path | str, *, resume: bool = False, quiet: bo
         device = rank_device(parallel.device, launch)
         with (
             joined(launch, store, sizes, device, parallel.timeout_seconds) as world,
+            Heartbeat(store, launch.rank, launch.world_size, parallel.timeout_seconds) as heartbeat,
+            heartbeat.explaining(),
             ExitStack() as stack,
         ):
             ranks = all_ranks()
             ranks.first(lambda: stack.enter_context(run_lock(Path(out))))
-            return _train(config, Path(out), device, world, ranks, resume=resume, quiet=quiet)
+            resume = resume or is_restart()
+            return _train(config, Path(out), device, world, ranks, heartbeat, resume=resume, quiet=quiet)
 
 
 def _train(
@@ -96,6 +101,7 @@ def _train(
     device: torch.device,
     world: World,
     ranks: Ranks,
+    heartbeat: Heartbeat,
     *,
     resume: bool,
     quiet: bool,
@@ -110,7 +116,7 @@ def _train(
         stop_requests(greatest_of_all_ranks()) as request,
     ):
         say: Callable[[str], None] = (lambda text: None) if quiet else partial(print, flush=True)
-        return _Run(plan, request, world, ranks, say, quiet).execute()
+        return _Run(plan, request, world, ranks, heartbeat, say, quiet).execute()
 
 
 class _Run:
@@ -120,6 +126,7 @@ class _Run:
         request: StopRequest,
         world: World,
         ranks: Ranks,
+        heartbeat: Heartbeat,
         say: Callable[[str], None],
         quiet: bool,
     ) -> None:
@@ -130,6 +137,7 @@ class _Run:
         )
         self.request = request
         self.ranks = ranks
+        self.heartbeat = heartbeat
         self.say = say
         self.quiet = quiet
         self.config_text = plan.config.to_yaml()
@@ -270,6 +278,7 @@ class _Run:
             say=self.say,
             request=self.request,
             poll=self._poll,
+            beat=self.heartbeat.beat,
         )
         total, done = map(stage.data.tokens_before, (stage.steps, state.stage_step))
         shown = nullcontext() if self.quiet else progress_bar(stage.name, total, "tokens", done=done)
