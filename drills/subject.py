@@ -14,7 +14,7 @@ from tokenformer.train.checkpoint.folder import list_checkpoints
 from tokenformer.train.metrics import read_metrics
 
 STEPS = (6, 5, 5)
-_TIMES = {"seconds", "tokens_per_second"}
+_TIMES = {"seconds", "tokens_per_second", "tokens_per_second_per_device", "seconds_left"}
 
 
 def write_data(folder: Path) -> Path:

@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
 from tokenformer.errors import TokenFormerError, ToldElsewhere
+from tokenformer.parallel.attempt import fresh_store
 from tokenformer.parallel.launch import Launch
 from tokenformer.parallel.share import WHOLE, Share
 from tokenformer.parallel.sizes import ALONE, AXES, MeshSizes
@@ -142,8 +143,9 @@ def joined(
 def _store(launch: Launch, timeout: timedelta) -> Any:
     where = f"{launch.address}:{launch.port}"
     try:
-        if launch.launcher == "torchrun":  # which keeps a store itself, with a new prefix for each restart
-            store, _, _ = next(rendezvous("env://", timeout=timeout))
+        if launch.launcher == "torchrun":  # which keeps a store itself, the same over its restarts
+            kept, _, _ = next(rendezvous("env://", timeout=timeout))
+            store = fresh_store(kept, launch.rank, launch.world_size, timeout)
         else:
             store = dist.TCPStore(
                 launch.address, launch.port, launch.world_size, is_master=launch.rank == 0, timeout=timeout
