@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenformer import Pattention, TokenFormerError
-from tokenformer.layers.pattention import TokenInit
+from tokenformer.layers.pattention import TokenInit, project_together
 from tokenformer.ops.pattention import NORM_ACTIVATIONS
 
 EXACT_KINDS = ("gelu", "l2_norm_gelu", "gelu_l2_norm")
@@ -292,3 +292,18 @@ def test_impossible_layers(arguments: tuple[Any, ...], options: dict[str, Any], 
 def test_an_input_of_another_size_is_named() -> None:
     with pytest.raises(ValueError, match=r"found last axis 4 in \[2, 4\], expected 5"):
         make()(torch.zeros(2, 4))
+
+
+def test_layers_of_one_input_give_what_each_gives_alone() -> None:
+    generator = torch.Generator().manual_seed(0)
+    layers = [Pattention(6, 4, (5, 3), norm_activation="l2_norm_gelu", generator=generator) for _ in range(3)]
+    x = torch.randn(2, 7, 6, generator=generator)
+    for together, layer in zip(project_together(layers, x), layers, strict=True):
+        torch.testing.assert_close(together, layer(x))
+    called = []
+    layers[1].register_forward_hook(lambda *_: called.append("hook"))
+    layers[2].op = lambda *_: torch.zeros(2, 7, 4)
+    unlike = [*layers, Pattention(6, 9, 2, generator=generator), torch.nn.Linear(6, 3)]
+    sizes = [tuple(out.shape) for out in project_together(unlike, x)]
+    assert sizes == [(2, 7, 4)] * 3 + [(2, 7, 9), (2, 7, 3)]
+    assert called == ["hook"]
