@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tokenformer.cli import main as cli
-from tokenformer.errors import TokenFormerError
+from tokenformer.errors import TokenFormerError, ToldElsewhere
 from tokenformer.files import require_free
 from tokenformer.train.device import require_memory
 
@@ -50,6 +50,15 @@ def test_what_the_machine_refuses_is_one_message(
 def test_a_fault_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeError, match="shapes do not match"):
         _run_main(RuntimeError("shapes do not match"), monkeypatch)
+
+
+def test_what_another_rank_tells_is_not_told_again(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        _run_main(ToldElsewhere("told by another"), monkeypatch)
+    assert ended.value.code == 2
+    assert capfd.readouterr() == ("", "")
 
 
 def test_an_output_below_a_file_is_refused_before_the_work(tmp_path: Path) -> None:
