@@ -175,7 +175,7 @@ def store_for(store: Any, case: str) -> Any:
 
 
 def configure(options: argparse.Namespace, sequences: int) -> RunConfig:
-    """The recipe with ``sequences`` in a step, as an unknowing reader of it would write them."""
+    """The recipe with ``sequences`` in a step and a short warm-up; what the command line says goes before."""
     length = load_run_config(options.recipe, options.overrides).data.sequence_length
     return load_run_config(
         options.recipe,
