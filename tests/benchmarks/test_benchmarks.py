@@ -181,3 +181,14 @@ def test_prepare(tmp_path: Path) -> None:
     assert all(row["peak_megabytes"] > 20 and row["seconds"] > 0 for row in rows.values())
     assert values["ratio"] > 0
     assert f"prepare has {values['ratio']:.2f} of the throughput" in done.stdout
+
+
+def test_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = tmp_path / "checkpoint.json"
+    arguments = ("--model", "tiny", "--every", 2, "--steps", 4, "--rounds", 1, "--device", "cpu")
+    run_script(monkeypatch, "checkpoint.py", *arguments, "--json", written)
+    numbers = json.loads(written.read_text())
+    assert set(numbers["results"]) == {"none", "background", "at once"}
+    assert numbers["results"]["none"]["of_none"] == 1
+    assert all(result["ms"] > 0 for result in numbers["results"].values())
+    assert numbers["saved_bytes"] > 0
