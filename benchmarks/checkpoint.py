@@ -3,7 +3,7 @@
     python benchmarks/checkpoint.py --model 450M --every 50 --json checkpoint.json
 
 Sides, in turn within each round and over the same model and optimiser: ``none``; ``background``, as a run on a GPU
-saves by itself (copied to page-locked memory, written, checksummed and exported while the training goes on); ``at once``,
+saves by itself (copied to page-locked memory; written, checksummed and exported meanwhile); ``at once``,
 where the training waits. As in a run, the device is waited for before each save. A round's time is that of its steps
 from start to end, saves included; in the background a round begins with one save under way, and ends without
 waiting for its last. The first save, which takes the memory for the copies, is timed by itself.

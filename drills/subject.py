@@ -43,7 +43,7 @@ def write_recipe(path: Path, data: Path, **changes: Any) -> Path:
         "data": {"path": str(data), "sequence_length": 32, "batch_tokens": 256},
         "optimizer": {"lr": 1e-2},
         "evaluation": {"every_steps": 4, "max_tokens": 512},
-        "logging": {"every_steps": 1, "tensorboard": False},
+        "logging": {"every_steps": 3, "tensorboard": False},
         "checkpoint": {"every_steps": 2},
         "precision": {"deterministic": True},
         "parallel": {"device": "cpu", "num_threads": 1},

@@ -22,7 +22,7 @@ from tokenformer.errors import TokenFormerError
 from tokenformer.train.checkpoint.contents import read_checkpoint
 from tokenformer.train.checkpoint.folder import list_checkpoints
 from tokenformer.train.config import RunConfig
-from tokenformer.train.interrupts import RunInterrupted
+from tokenformer.train.interrupts import RunInterrupted, StopRequest
 from tokenformer.train.metrics import read_metrics
 from tokenformer.train.run import RunResult, train
 from tokenformer.train.step import StepResult, TrainStep
@@ -98,6 +98,17 @@ def test_interrupted_ladder_is_bit_identical(
     assert counters[0] == counters[1]
 
 
+def test_loss_of_a_window_that_was_interrupted(make_config: MakeConfig, tmp_path: Path) -> None:
+    """A metrics line is of all steps since the last one, on whichever side of an interruption they were."""
+    config = make_config("steps=8", "logging.every_steps=4")
+    whole = train(config, tmp_path / "whole", quiet=True)
+    interrupted(config, tmp_path / "run", 3)
+    resumed = train(config, tmp_path / "run", resume=True, quiet=True)
+    one, other = ([line["loss"] for line in read_metrics(r.out) if "loss" in line] for r in (resumed, whole))
+    assert one == other
+    assert len(one) == 2
+
+
 def test_killed_run_goes_on_from_its_last_checkpoint(make_config: MakeConfig, tmp_path: Path) -> None:
     config = make_config("checkpoint.every_steps=2", "logging.every_steps=1")
     whole = train(config, tmp_path / "whole", quiet=True)
@@ -170,6 +181,35 @@ def test_second_signal_ends_at_once(make_config: MakeConfig, tmp_path: Path) -> 
         train(make_config(), tmp_path / "run", quiet=True)
     assert not isinstance(caught.value, RunInterrupted)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_only_a_second_sigint_ends_at_once(make_config: MakeConfig, tmp_path: Path) -> None:
+    """SLURM sends SIGUSR1, and SIGTERM after it: the checkpoint at hand is not thrown away."""
+    original = TrainStep.__call__
+
+    def step(self: TrainStep, batches: Iterator[Any], stage_step: int, *rest: Any) -> StepResult:
+        if stage_step == 1:
+            for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+                signal.raise_signal(number)
+        return original(self, batches, stage_step, *rest)
+
+    with mock.patch.object(TrainStep, "__call__", step), pytest.raises(RunInterrupted) as caught:
+        train(make_config(), tmp_path / "run", quiet=True)
+    assert caught.value.signal_number == signal.SIGUSR1
+    assert "stopped by SIGUSR1 after step 2" in str(caught.value)
+
+
+def test_torchrun_hands_a_sigint_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The terminal has sent it to the workers already: that is no second one."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    request = StopRequest()
+    request.receive(signal.SIGINT)
+    request.receive(signal.SIGINT)
+    request.poll()
+    assert request.signal_number == signal.SIGINT
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    with pytest.raises(KeyboardInterrupt):
+        request.receive(signal.SIGINT)
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ class StageLoop:
         self._poll = poll
         self._beat = beat
         self._clock = TrainingClock(step.device, state.seconds)
-        self._window = MetricsWindow(step.device, stage.stability.max_nonfinite_steps)
+        self._window = MetricsWindow(step.device, stage.stability.max_nonfinite_steps, state)
         self._flops_per_token = step.model.config.flops_per_token(stage.data.sequence_length)
         self._speed = Speed(step.device, step.dtype, step.world.sizes.world)
         self._logged = state
@@ -199,6 +199,7 @@ class StageLoop:
     def _write_checkpoint(self) -> None:
         self._beat(self.state.step, "saving")
         self._count_skipped()
+        self.state = self.state.model_copy(update=self._window.state())
         with self._clock.paused():
             self._save(self.state)
         self._saved_step = self.state.step

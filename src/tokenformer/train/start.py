@@ -95,6 +95,7 @@ def begin(config: RunConfig) -> RunStart:
         return RunStart(model, state=state)
     checkpoint = read_checkpoint(source)
     changed = {"stage": 0, "stage_step": 0, "seed": config.seed, "data_seed": config.data.seed}
+    changed |= {"window_nats": 0, "window_targets": 0}
     if not _same_stream(checkpoint, config, source):
         changed["next_sample"] = 0
     return RunStart(

@@ -36,7 +36,8 @@ class TrainingState(StrictModel):
     ``seconds`` counts training alone, without evaluation and checkpoints. ``skipped_steps`` counts the updates left
     out because loss or gradient was not finite. ``loss_scale`` and the finite steps since it last changed are
     float16's (null where it was never used). ``rollbacks`` of the run, oldest first; ``recent_losses`` (nats a target)
-    are what the next loss is compared with to tell a spike.
+    are what the next loss is compared with to tell a spike. ``window_nats`` and ``window_targets`` are the sums since
+    the last metrics line, so that the next one is of all its steps.
     """
 
     format_version: Literal[1] = 1
@@ -52,6 +53,8 @@ class TrainingState(StrictModel):
     loss_scale_steps: NonNegativeInt | None = None
     rollbacks: tuple[Rollback, ...] = ()
     recent_losses: tuple[float, ...] = ()
+    window_nats: float = 0.0
+    window_targets: NonNegativeFloat = 0.0
     seed: int = 0
     data_seed: int = 0
 

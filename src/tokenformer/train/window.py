@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from tokenformer.errors import TokenFormerError
+from tokenformer.train.state import TrainingState
 from tokenformer.train.step import StepResult
 
 
@@ -14,15 +15,21 @@ class MetricsWindow:
     Args:
         device: where the steps run.
         max_nonfinite_steps: sick steps in a row that :meth:`check` ends the run at.
+        state: brings the sums of the window in which a checkpoint was written.
     """
 
-    def __init__(self, device: torch.device, max_nonfinite_steps: int) -> None:
+    def __init__(
+        self, device: torch.device, max_nonfinite_steps: int, state: TrainingState | None = None
+    ) -> None:
         self._device = device
         self._max_nonfinite_steps = max_nonfinite_steps
         self._skipped = torch.zeros((), device=device)
         self._in_a_row = torch.zeros((), device=device)
         self._losses: list[torch.Tensor] = []
         self._reset()
+        if state is not None:
+            self._nats += state.window_nats
+            self._targets += state.window_targets
 
     def _reset(self) -> None:
         self._nats = torch.zeros((), device=self._device)
@@ -38,6 +45,11 @@ class MetricsWindow:
         self._losses.append(result.nats / result.targets)
         self._skipped += 1 - result.finite
         self._in_a_row = (self._in_a_row + 1) * result.sick
+
+    def state(self) -> dict[str, float]:
+        """``window_nats`` and ``window_targets`` of a :class:`~tokenformer.train.state.TrainingState`; waits for the
+        device."""
+        return {"window_nats": self._nats.item(), "window_targets": self._targets.item()}
 
     def take_losses(self) -> list[float]:
         """The loss of each step since the last call; waits for the device."""
