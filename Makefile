@@ -5,11 +5,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup quickstart test test-slow test-gpu check format clean
+.PHONY: help setup quickstart drills test test-slow test-gpu check format clean
 
 help:
 	@echo "make quickstart   train, grow, compare, report: a few minutes on two CPU cores"
 	@echo "make test         checks, then the tests (under 10 minutes)"
+	@echo "make drills       runs that are killed, damaged, hung: nothing may be lost; some minutes"
 	@echo "make check        formatting, lint, types, import rules"
 	@echo "make format       format and fix what can be fixed"
 	@echo "make test-slow    the tests marked slow; make test-gpu: those that need a CUDA device"
@@ -25,6 +26,9 @@ setup: $(READY)
 
 quickstart: $(READY)
 	$(BIN)/tokenformer quickstart
+
+drills: $(READY)
+	$(BIN)/python -m drills
 
 test: check
 	$(BIN)/python -m pytest

@@ -21,6 +21,7 @@ from tokenformer.errors import TokenFormerError
 from tokenformer.growth.grow import grow_model
 from tokenformer.growth.spec import GrowthSpec
 from tokenformer.models.paths import resolve_model_directory
+from tokenformer.report.inspect import inspect_path
 from tokenformer.train.checkpoint.contents import (
     CheckpointContents,
     read_checkpoint,
@@ -281,6 +282,13 @@ def test_no_whole_checkpoint_names_each(run: tuple[Path, RunConfig]) -> None:
         train(config, out, resume=True, quiet=True)
     assert all(str(path) in str(caught.value) for path in list_checkpoints(out))
     assert sorted(out.rglob("*")) == before
+
+
+def test_inspect_says_whether_a_checkpoint_is_whole(run: tuple[Path, RunConfig]) -> None:
+    checkpoint = list_checkpoints(run[0])[-1]
+    assert inspect_path(checkpoint).data["damage"] is None
+    flip_a_bit(checkpoint / "tensors" / "__0_0.distcp")
+    assert "__0_0.distcp: changed" in inspect_path(checkpoint).data["damage"]
 
 
 def test_damaged_source_of_a_new_run_is_refused(run: tuple[Path, RunConfig], make_config: MakeConfig) -> None:

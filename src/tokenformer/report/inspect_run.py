@@ -10,6 +10,7 @@ from tokenformer.models.registry import load_config
 from tokenformer.progress import short_number
 from tokenformer.report.inspect_model import config_tables, describe_config, describe_memory, memory_table
 from tokenformer.report.tables import Table, byte_size, count
+from tokenformer.train.checkpoint.manifest import DamagedCheckpointError, require_whole
 from tokenformer.train.config import CONFIG_FILE, RunConfig, load_run_config
 from tokenformer.train.ladder import model_configs
 from tokenformer.train.memory import stage_setup
@@ -78,15 +79,17 @@ def describe_recipe(path: Path) -> tuple[dict[str, Any], list[Table]]:
 
 
 def describe_checkpoint(path: Path) -> tuple[dict[str, Any], list[Table]]:
-    """Facts and tables of a training checkpoint: its counters, size and model.
+    """Facts and tables of a training checkpoint: its counters, size and model, and whether its files are as they were
+    written (all are read).
 
     Raises:
         TokenFormerError: a damaged state or configuration.
     """
-    facts = {"kind": "checkpoint", **_checkpoint_facts(path)}
+    facts = {"kind": "checkpoint", **_checkpoint_facts(path), "damage": _damage(path)}
     facts |= describe_config(load_config(path))
     rows = [(name, _value(value)) for name, value in facts["state"].items()]
     rows.append(("size", byte_size(facts["bytes"])))
+    rows.append(("files", facts["damage"] or "as they were written"))
     return facts, [Table(f"training checkpoint: {path}", ("field", "value"), rows), *config_tables(facts)]
 
 
@@ -120,6 +123,14 @@ def _checkpoints(run: Path) -> list[Path]:
 def _checkpoint_facts(path: Path) -> dict[str, Any]:
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     return {"path": str(path), "bytes": size, "state": read_state(path).model_dump(mode="json")}
+
+
+def _damage(path: Path) -> str | None:
+    try:
+        require_whole(path)
+    except DamagedCheckpointError as error:
+        return str(error)
+    return None
 
 
 def _stages(config: RunConfig) -> list[dict[str, Any]]:
