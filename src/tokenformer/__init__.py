@@ -9,6 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tokenformer.adapters.apply import load_adapter, merge_adapters, without_adapters
+    from tokenformer.adapters.directory import save_adapter
     from tokenformer.errors import TokenFormerError
     from tokenformer.generation.engine import generate
     from tokenformer.growth.grow import grow
@@ -29,9 +31,13 @@ _HOMES = {
     "TransformerConfig": "tokenformer.models.transformer.config",
     "generate": "tokenformer.generation.engine",
     "grow": "tokenformer.growth.grow",
+    "load_adapter": "tokenformer.adapters.apply",
     "load_model": "tokenformer.models.directory",
     "load_tokenizer": "tokenformer.language.tokenizers",
+    "merge_adapters": "tokenformer.adapters.apply",
+    "save_adapter": "tokenformer.adapters.directory",
     "save_model": "tokenformer.models.directory",
+    "without_adapters": "tokenformer.adapters.apply",
 }
 
 __all__ = [
@@ -43,9 +49,13 @@ __all__ = [
     "TransformerConfig",
     "generate",
     "grow",
+    "load_adapter",
     "load_model",
     "load_tokenizer",
+    "merge_adapters",
+    "save_adapter",
     "save_model",
+    "without_adapters",
 ]
 
 

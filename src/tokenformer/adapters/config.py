@@ -92,6 +92,8 @@ class AdapterBase(StrictModel):
             TokenFormerError: names each field that differs.
         """
         expected, found = (_function(each) for each in (self.config, config))
+        if config.architecture != self.config.architecture:  # whose fields are others anyway
+            found = expected | {"architecture": config.architecture}
         differing = [
             f"{name}: found {found.get(name)!r}, expected {expected.get(name)!r}"
             for name in dict.fromkeys([*expected, *found])
@@ -171,9 +173,7 @@ def adapter_growth(config: DecoderConfig, spec: AdapterSpec) -> GrowthSpec:
         if spec.factor is not None:
             growth = GrowthSpec(factor=spec.factor)
         else:
-            growth = GrowthSpec(
-                **{role: config.param_tokens(role) + getattr(spec, role) for role in ROLES}
-            )
+            growth = GrowthSpec(**{role: config.param_tokens(role) + getattr(spec, role) for role in ROLES})
         grown_config(config, growth)
     except TokenFormerError as error:
         raise TokenFormerError(f"adapter: {error}") from error

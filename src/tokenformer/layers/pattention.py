@@ -176,7 +176,7 @@ class Pattention(nn.Module):
         fresh = num_param_tokens - self.num_param_tokens
         key_std = 0.0 if init == "exact" else self.init.key_std
         value_std = self.init.value_std_for(num_param_tokens)
-        self._append(
+        self.append(
             torch.zeros(fresh, self.in_features).normal_(0.0, key_std, generator=generator),
             torch.empty(fresh, self.out_features).normal_(0.0, value_std, generator=generator),
         )
@@ -219,7 +219,9 @@ class Pattention(nn.Module):
         self.key_tokens = nn.ParameterList([nn.Parameter(torch.cat(list(self.key_tokens)), trained)])
         self.value_tokens = nn.ParameterList([nn.Parameter(torch.cat(list(self.value_tokens)), trained)])
 
-    def _append(self, keys: Tensor, values: Tensor) -> None:
+    @torch.no_grad()
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """Append a group of copies of given tokens, keys [n, d_in] and values [n, d_out], in place; tau stays."""
         like = self.key_tokens[0]
         self.key_tokens.append(nn.Parameter(keys.to(like, copy=True)))
         self.value_tokens.append(nn.Parameter(values.to(like, copy=True)))
@@ -231,7 +233,7 @@ class Pattention(nn.Module):
             noise = (noise - noise.mean(0)).to(values) * values.square().mean().sqrt()
             copies = (values + noise) / r  # [r, n, d_out]; their sum over r is the old values
             values.copy_(copies[0])
-            self._append(keys.repeat(r - 1, 1), copies[1:].flatten(0, 1))
+            self.append(keys.repeat(r - 1, 1), copies[1:].flatten(0, 1))
         self.kind = self.kind._replace(tau=r * self.tau)
 
     def _set_requires_grad(self, group: int, value: bool) -> None:

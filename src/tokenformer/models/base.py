@@ -31,6 +31,7 @@ class LanguageModel(nn.Module, ABC):
     """
 
     config: DecoderConfig
+    adapters: tuple[Any, ...] = ()  # those on top, oldest first: kept by tokenformer.adapters.apply alone
     blocks: nn.ModuleList
     head: nn.Module  # head(hidden [..., d]) -> logits [..., v]; has .weight [v, d] and .logit_scale (float)
 

@@ -49,11 +49,11 @@ def model_card(
         "vocabulary": config.vocab_size,
         "context": config.max_position_embeddings,
     }
-    lines += _table("Model", model)
+    lines += facts_table("Model", model)
     if isinstance(config, TokenFormerConfig):
         lines += _growth(config)
     for title, values in (facts or {}).items():
-        lines += _table(title, values)
+        lines += facts_table(title, values)
     lines += [_LOADING[library], ""]
     return "\n".join(lines)
 
@@ -65,7 +65,8 @@ def card_license(text: str) -> str | None:
     return found[1] if found else None
 
 
-def _table(title: str, values: Mapping[str, object]) -> list[str]:
+def facts_table(title: str, values: Mapping[str, object]) -> list[str]:
+    """Lines of a section of a card: name -> value."""
     rows = [
         f"| {name} | {value:,} |" if isinstance(value, int) else f"| {name} | {value} |"
         for name, value in values.items()

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -121,7 +121,9 @@ def load_model(
     _require_device(device)
     directory = local_or_hub(directory, revision=revision)
     model = empty_model(load_config(directory))
-    model.load_state_dict(_read_weights(directory, _shapes(model), device, dtype), assign=True)
+    opening = f"{directory}: the weights do not fit config.json"
+    weights = read_tensors(weight_files(directory), _shapes(model), opening, device=device, dtype=dtype)
+    model.load_state_dict(weights, assign=True)
     return model.eval()
 
 
@@ -136,17 +138,31 @@ def _shapes(model: LanguageModel) -> Shapes:
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
-def _read_weights(
-    directory: Path, expected: Shapes, device: torch.device | str, dtype: torch.dtype | None
+def read_tensors(
+    files: Sequence[Path],
+    expected: Shapes,
+    opening: str,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
-    """The tensors named in ``expected``, checked before any is read."""
-    files = weight_files(directory)
-    found: dict[str, tuple[Path, tuple[int, ...]]] = {}
+    """The tensors named in ``expected``, checked before any is read.
+
+    Args:
+        files: safetensors.
+        expected: names and shapes of all tensors that must be in them.
+        opening: begins the message where others are found.
+        device: where they go.
+        dtype: what they are converted to; as stored by default.
+
+    Raises:
+        TokenFormerError: a damaged file; tensors missing, unexpected, of another shape or not of floats.
+    """
+    found: dict[str, tuple[int, ...]] = {}
     for path in files:
         with _open(path, "cpu") as file:
-            found.update((name, (path, tuple(file.get_slice(name).get_shape()))) for name in file.keys())  # noqa: SIM118
-    shapes = {name: shape for name, (_, shape) in found.items()}
-    _compare(f"{directory}: the weights do not fit config.json", expected, shapes)
+            found.update((name, tuple(file.get_slice(name).get_shape())) for name in file.keys())  # noqa: SIM118
+    _compare(opening, expected, found)
     weights: dict[str, Tensor] = {}
     for path in files:
         with _open(path, str(device)) as file:
