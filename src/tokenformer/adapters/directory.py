@@ -54,7 +54,7 @@ def save_adapter(
     base: AdapterBase | Path | str,
     name: str | None = None,
     training: Mapping[str, Any] | None = None,
-    facts: Mapping[str, Mapping[str, object]] | None = None,
+    card: str | None = None,
     replace: bool = False,
 ) -> Path:
     """Write the parameter tokens that ``model`` has beyond its base, and nothing else; they appear when complete.
@@ -65,7 +65,7 @@ def save_adapter(
         base: the model directory that was grown, or :func:`describe_base` of it.
         name: of the adapter; by default that of the directory.
         training: counters for ``adapter_config.json``.
-        facts: sections for the card.
+        card: the text of ``README.md``; by default one made from the configuration.
         replace: exchange an existing directory.
 
     Raises:
@@ -87,7 +87,7 @@ def save_adapter(
             save_file(_new_tokens(model, base.config), scratch / WEIGHTS_FILE, metadata={"format": "pt"})
         except SafetensorError as error:
             raise TokenFormerError(f"{directory}: the tokens could not be written ({error})") from error
-        write_text(scratch / "README.md", adapter_card(config, facts))
+        write_text(scratch / "README.md", card or adapter_card(config))
     return directory
 
 

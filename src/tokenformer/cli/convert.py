@@ -22,6 +22,9 @@ code; a grown model is rewritten to compute the same there
 `tokenformer convert gpt-neox native pythia-160m models/pythia-160m` : a directory of GPT-NeoX or Pythia in
 transformers' format to a Transformer of ours; `convert native gpt-neox` goes back
 
+`tokenformer convert native native models/base models/merged --adapter runs/mine` : a model with an adapter in it;
+with `--consolidate` its parameter tokens become one group
+
 `tokenformer convert native arrayrecord data/mine exported` : the documents of a data directory to ArrayRecord files of
 `tf.train.Example` for the authors' JAX edition
 """
@@ -48,11 +51,29 @@ def convert(
             show_default=False,
         ),
     ] = None,
+    adapter: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="DIR",
+            help="Of `native` to `native`: an adapter to merge in, or its run; may be given more than once.",
+            show_default=False,
+        ),
+    ] = None,
+    consolidate: Annotated[
+        bool,
+        typer.Option(
+            "--consolidate",
+            help="Of `native` to `native`: make one group of all parameter tokens of a layer.",
+        ),
+    ] = False,
 ) -> None:
     """Convert a model or data between formats; every tensor and document is accounted for, nothing is guessed."""
     from tokenformer.interop.formats import ConvertedData, find_conversion
 
-    converted = find_conversion(source_format, target_format, config=config)(source, target)
+    run = find_conversion(
+        source_format, target_format, config=config, adapters=adapter or [], consolidate=consolidate
+    )
+    converted = run(source, target)
     if isinstance(converted, ConvertedData):
         for split, documents in converted.documents.items():
             print(f"{split}: {documents:,} documents")

@@ -24,6 +24,8 @@ _EXAMPLES = """
 
 `tokenformer evaluate models/150m --data data/wikitext-2 --split test --stride 512 --word-perplexity`
 
+`tokenformer evaluate models/150m --adapter runs/shakespeare --data data/shakespeare`
+
 `tokenformer evaluate models/150m --tasks lambada_openai,hellaswag,piqa,arc_easy,arc_challenge,winogrande`
 
 `tokenformer evaluate models/150m --tasks lambada_jsonl=lambada_test.jsonl --limit 500`
@@ -36,6 +38,12 @@ def evaluate(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="A model directory, or a run directory.")],
     data: Annotated[
         Path | None, typer.Option(metavar="DIR", help="A data directory made with the model's tokenizer.")
+    ] = None,
+    adapter: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="DIR", help="An adapter of the model, or its run directory; may be given more than once."
+        ),
     ] = None,
     tasks: Annotated[
         str | None,
@@ -122,6 +130,7 @@ def evaluate(
         result = evaluate_model(
             model,
             data,
+            adapters=adapter or [],
             split=split or "validation",
             sequence_length=sequence_length,
             stride=stride,
@@ -138,6 +147,7 @@ def evaluate(
         scores = evaluate_tasks(
             model,
             names,
+            adapters=adapter or [],
             include_paths=include_path or [],
             num_fewshot=num_fewshot,
             limit=limit,
@@ -194,6 +204,7 @@ def _print_result(result: EvaluationResult) -> None:
         ("tokens scored", count(evaluation.tokens)),
         ("UTF-8 bytes scored", count(evaluation.bytes)),
         ("window (tokens)", count(result.sequence_length)),
+        *(("adapter", str(path)) for path in result.adapters),
     ]
     if result.stride is not None:
         rows.append(("stride (tokens)", count(result.stride)))

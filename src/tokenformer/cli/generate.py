@@ -25,6 +25,8 @@ _EXAMPLES = """
 
 `tokenformer generate models/150m --prompt "One" --prompt "Two" --top-p 0.9 --seed 7`
 
+`tokenformer generate models/150m --adapter runs/shakespeare --prompt "ROMEO:"`
+
 `tokenformer generate models/150m --prompt-file chapter.txt --truncate-prompt`
 """
 
@@ -41,6 +43,14 @@ def generate(
         list[Path] | None,
         typer.Option(
             metavar="FILE", help="A text file to continue, to its last character.", show_default=False
+        ),
+    ] = None,
+    adapter: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="DIR",
+            help="An adapter of the model, or its run directory; may be given more than once.",
+            show_default=False,
         ),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="The most tokens to add.")] = 128,
@@ -82,11 +92,11 @@ def generate(
     context = config.max_position_embeddings
     kept = fit_prompts(prompts, context=context, max_new_tokens=max_new_tokens, truncate=truncate_prompt)
 
+    from tokenformer.adapters.apply import load_with_adapters
     from tokenformer.generation.engine import generate_stream
-    from tokenformer.models.directory import load_model
     from tokenformer.train.device import find_device
 
-    loaded = load_model(directory, device=find_device(device))
+    loaded = load_with_adapters(directory, adapter or [], device=find_device(device))
     _note_limits(prompts, kept, max_new_tokens, context)
     steps = generate_stream(
         loaded,

@@ -44,7 +44,8 @@ def inspect(
     path: Annotated[
         Path,
         typer.Argument(
-            metavar="PATH", help="A model, run or data directory, a training checkpoint, or a recipe."
+            metavar="PATH",
+            help="A model, adapter, run or data directory, a training checkpoint, or a recipe.",
         ),
     ],
     micro_batch_size: Annotated[
@@ -64,8 +65,8 @@ def inspect(
     """Show what a directory holds.
 
     A model: parameters by part, growth history, memory and FLOPs. A run: configuration, stages, latest
-    metrics, checkpoints. A data directory: counts, tokenizer, sample documents. Memory of training is predicted for
-    a recipe or run as it says, for a model as the options say.
+    metrics, checkpoints. An adapter: its base, size and training. A data directory: counts, tokenizer, sample
+    documents. Memory of training is predicted for a recipe or run as it says, for a model as the options say.
     """
     import json
     from functools import partial

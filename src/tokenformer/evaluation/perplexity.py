@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from tokenformer.adapters.apply import load_with_adapters
 from tokenformer.errors import TokenFormerError
 from tokenformer.language.data_directory import DataDirectory
 from tokenformer.language.scoring import Evaluation, score
 from tokenformer.language.tokenizers import load_tokenizer
-from tokenformer.models.directory import load_model
 from tokenformer.models.paths import resolve_model_directory
 from tokenformer.models.registry import load_config
 
@@ -31,6 +32,7 @@ class EvaluationResult(NamedTuple):
     stride: int | None = None
     per_document: bool = False
     words: int | None = None
+    adapters: tuple[Path, ...] = ()
 
     @property
     def word_perplexity(self) -> float | None:
@@ -49,6 +51,7 @@ class EvaluationResult(NamedTuple):
             measures["word_perplexity"] = self.word_perplexity
         return {
             "model": str(self.model),
+            "adapters": [str(path) for path in self.adapters],
             "data": str(self.data),
             "split": self.split,
             "sequence_length": self.sequence_length,
@@ -64,6 +67,7 @@ def evaluate_model(
     model: Path | str,
     data: Path | str,
     *,
+    adapters: Sequence[Path] = (),
     split: str = "validation",
     sequence_length: int | None = None,
     stride: int | None = None,
@@ -78,6 +82,7 @@ def evaluate_model(
     Args:
         model: a model directory, or a run directory with one in it.
         data: a data directory made with the model's tokenizer.
+        adapters: directories of adapters of the model, or their runs.
         split: ``train``, ``validation`` or ``test``.
         sequence_length: tokens of one window; by default the model's context (``max_position_embeddings``).
         stride: new tokens that each window but the first scores, after what fits before them; all by default.
@@ -88,8 +93,9 @@ def evaluate_model(
         progress: show a progress bar on a terminal.
 
     Raises:
-        TokenFormerError: a missing or damaged directory, another tokenizer than the model's, a split that is not
-            there, a ``sequence_length`` beyond the context, a ``stride`` beyond the window, a loss that is not finite.
+        TokenFormerError: a missing or damaged directory, an adapter of another model, another tokenizer than the
+            model's, a split that is not there, a ``sequence_length`` beyond the context, a ``stride`` beyond the
+            window, a loss that is not finite.
     """
     directory = resolve_model_directory(model)
     config = load_config(directory)
@@ -104,7 +110,7 @@ def evaluate_model(
     opened.check_model(config, _tokenizer_hash(directory))
     opened.split(split)
     evaluation = score(
-        load_model(directory, device=device),
+        load_with_adapters(directory, adapters, device=device),
         opened,
         sequence_length=length,
         batch_size=batch_size,
@@ -119,7 +125,9 @@ def evaluate_model(
             f"{directory}: the loss is not finite (NaN or infinity); its weights may be damaged"
         )
     words = count_words(opened, split) if word_perplexity else None
-    return EvaluationResult(directory, Path(data), split, length, evaluation, stride, per_document, words)
+    return EvaluationResult(
+        directory, Path(data), split, length, evaluation, stride, per_document, words, tuple(adapters)
+    )
 
 
 def count_words(data: DataDirectory, split: str) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -39,6 +39,7 @@ Convert = Callable[[Path, Path], Converted | ConvertedData]
 
 _CONVERSIONS = {
     ("official", "native"): "tokenformer.interop.official:official_to_native",
+    ("native", "native"): "tokenformer.interop.native:native_to_native",
     ("native", "official"): "tokenformer.interop.official_export:native_to_official",
     ("gpt-neox", "native"): "tokenformer.interop.gpt_neox:gpt_neox_to_native",
     ("native", "gpt-neox"): "tokenformer.interop.gpt_neox:native_to_gpt_neox",
@@ -47,7 +48,14 @@ _CONVERSIONS = {
 _WITH_CONFIG = {("official", "native")}
 
 
-def find_conversion(source_format: str, target_format: str, *, config: Path | None = None) -> Convert:
+def find_conversion(
+    source_format: str,
+    target_format: str,
+    *,
+    config: Path | None = None,
+    adapters: Sequence[Path] = (),
+    consolidate: bool = False,
+) -> Convert:
     """The function that converts a directory of one format to another: ``convert(source, target)``.
 
     Args:
@@ -55,8 +63,11 @@ def find_conversion(source_format: str, target_format: str, *, config: Path | No
         target_format: likewise, or ``arrayrecord`` of a data directory.
         config: a configuration to read instead of the one in the source, for the formats that have them apart.
 
+        adapters: of ``native`` to ``native``: what to merge in.
+        consolidate: of ``native`` to ``native``: make one group of all parameter tokens of a layer.
+
     Raises:
-        TokenFormerError: this pair is not known, the message lists those that are; or it takes no ``config``.
+        TokenFormerError: this pair is not known, the message lists those that are; or it takes no such option.
     """
     pair = (source_format, target_format)
     place = _CONVERSIONS.get(pair)
@@ -65,6 +76,13 @@ def find_conversion(source_format: str, target_format: str, *, config: Path | No
         raise TokenFormerError(f"convert: {source_format} to {target_format} is not offered; known: {known}")
     module, name = place.split(":")
     convert: Callable[..., Converted | ConvertedData] = getattr(import_module(module), name)
+    if pair == ("native", "native"):
+        convert = partial(convert, adapters=adapters, consolidate=consolidate)
+    elif adapters or consolidate:
+        raise TokenFormerError(
+            f"{'--adapter' if adapters else '--consolidate'}: belongs to native to native; convert its result to "
+            f"{target_format}"
+        )
     if config is None:
         return convert
     if pair not in _WITH_CONFIG:

@@ -36,6 +36,10 @@ def resolve_model_directory(path: Path | str) -> Path:
         raise TokenFormerError(f"{path}: no such directory; {expected}")
     if not path.is_dir():
         raise TokenFormerError(f"{path}: a file; {expected}")
+    if (path / "adapter_config.json").is_file() or (path / "adapter").is_dir():
+        raise TokenFormerError(
+            f"{path}: an adapter; {expected}: its base, with the adapter as --adapter {path}"
+        )
     if (path / "config.yaml").is_file():
         raise TokenFormerError(f"{path}: this run has not written its model/ yet; {expected}")
     raise TokenFormerError(f"{path}: holds neither; {expected}")

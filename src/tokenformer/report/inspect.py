@@ -1,4 +1,4 @@
-"""What ``inspect`` shows of a model, run, checkpoint or data directory, or of a recipe. No torch here."""
+"""What ``inspect`` shows of a model, adapter, run, checkpoint or data directory, or of a recipe. No torch here."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tokenformer.adapters.config import is_adapter_directory
 from tokenformer.errors import TokenFormerError
 from tokenformer.language.data_directory import DATASET_FILE
 from tokenformer.models.paths import is_model_directory
+from tokenformer.report.inspect_adapter import describe_adapter
 from tokenformer.report.inspect_data import describe_data
 from tokenformer.report.inspect_model import describe_model
 from tokenformer.report.inspect_run import (
@@ -43,12 +45,15 @@ def inspect_path(path: Path | str, setup: Callable[[int], TrainingSetup] | None 
         return Inspection(*describe_data(path))
     if is_model_directory(path):
         return Inspection(*describe_model(path, setup))
+    if is_adapter_directory(path):
+        return Inspection(*describe_adapter(path))
     if is_run_directory(path):
         return Inspection(*describe_run(path))
     if path.suffix in (".yaml", ".yml") and path.is_file():
         return Inspection(*describe_recipe(path))
     found = "a file" if path.is_file() else "none of their files" if path.is_dir() else "nothing"
     raise TokenFormerError(
-        f"{path}: found {found}; expected a model directory (config.json), a run directory (config.yaml), "
+        f"{path}: found {found}; expected a model directory (config.json), an adapter (adapter_config.json), "
+        "a run directory (config.yaml), "
         f"a training checkpoint (state.json), a data directory ({DATASET_FILE}) or a recipe (.yaml)"
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -150,8 +150,17 @@ def read_weight_headers(directory: Path) -> dict[str, TensorHeader]:
     Raises:
         TokenFormerError: missing or damaged ``model.safetensors`` or index.
     """
+    return read_headers(weight_files(directory))
+
+
+def read_headers(files: Sequence[Path]) -> dict[str, TensorHeader]:
+    """The same of safetensors files.
+
+    Raises:
+        TokenFormerError: a missing or damaged file.
+    """
     headers: dict[str, TensorHeader] = {}
-    for file in weight_files(directory):
+    for file in files:
         try:
             with safe_open(file, framework="np") as tensors:
                 for key in tensors.keys():  # noqa: SIM118  # not a dict

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from tokenformer.adapters.config import EXPORT_DIRECTORY, is_adapter_directory
 from tokenformer.models.paths import is_model_directory
 from tokenformer.models.registry import load_config
 from tokenformer.progress import short_number
+from tokenformer.report.inspect_adapter import describe_adapter
 from tokenformer.report.inspect_model import config_tables, describe_config, describe_memory, memory_table
 from tokenformer.report.tables import Table, byte_size, count
 from tokenformer.train.checkpoint.manifest import DamagedCheckpointError, require_whole
@@ -52,6 +54,9 @@ def describe_run(path: Path) -> tuple[dict[str, Any], list[Table]]:
     if is_model_directory(path / "model"):
         facts["model"] = {"path": str(path / "model"), **describe_config(load_config(path / "model"))}
         tables += config_tables(facts["model"])
+    if is_adapter_directory(path / EXPORT_DIRECTORY):
+        facts["adapter"], found = describe_adapter(path / EXPORT_DIRECTORY)
+        tables += found
     return facts, tables
 
 

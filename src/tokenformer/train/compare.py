@@ -11,6 +11,7 @@ from tokenformer.train.config import RunConfig
 _DECISIVE = (
     "model",
     "init_from",
+    "adapter",
     "data",
     "optimizer",
     "schedule",

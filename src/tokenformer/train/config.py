@@ -9,6 +9,7 @@ from typing import Annotated, Any, TypeVar
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from tokenformer.adapters.config import AdapterSpec
 from tokenformer.errors import TokenFormerError
 from tokenformer.growth.spec import GrowthSpec
 from tokenformer.models.config import PositiveInt
@@ -92,10 +93,12 @@ class StageConfig(StrictModel):
 
 class RunConfig(StrictModel):
     """A run: from fresh weights (``model``) or from ``init_from`` (a model directory or a training checkpoint),
-    over one stage (``steps`` or ``tokens``) or up a ladder (``stages``)."""
+    over one stage (``steps`` or ``tokens``) or up a ladder (``stages``). With ``adapter`` the model directory
+    ``init_from`` stays as it is, and parameter tokens beside it are trained."""
 
     model: ModelConfig | None = None
     init_from: str | None = None
+    adapter: AdapterSpec | None = None
     data: DataConfig
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
@@ -122,12 +125,26 @@ class RunConfig(StrictModel):
                 "stages.0.grow: the first stage starts from fresh weights; choose the sizes in model instead"
             )
         stages = self.resolve()
+        if self.adapter is not None:
+            self._check_adapter(stages)
         if self.model is not None:
             try:
                 model_configs(self.model, stages)
             except TokenFormerError as error:
                 raise ValueError(str(error)) from error
         return self
+
+    def _check_adapter(self, stages: list[StageConfig]) -> None:
+        if self.model is not None:
+            raise ValueError("adapter: found model, expected init_from: the model directory of the base")
+        for index, stage in enumerate(stages):
+            if stage.grow is not None:
+                raise ValueError(f"stages.{index}.grow: has no meaning with adapter, whose size stays")
+            if stage.optimizer.frozen_groups or stage.optimizer.frozen_roles:
+                raise ValueError(
+                    "optimizer: frozen_groups and frozen_roles have no meaning with adapter: all but its tokens is "
+                    "frozen already"
+                )
 
     def resolve(self) -> list[StageConfig]:
         """The stages in order, each with complete sections: the run's, changed by what the stage names.

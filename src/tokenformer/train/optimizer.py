@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -64,9 +64,11 @@ def check_roles_and_groups(
         raise TokenFormerError(f"{place}: frozen_groups and frozen_roles leave nothing to train")
 
 
-def build_optimizer(model: LanguageModel, config: OptimizerConfig) -> torch.optim.AdamW | Muon:
+def build_optimizer(
+    model: LanguageModel, config: OptimizerConfig, trained: Collection[str] | None = None
+) -> torch.optim.AdamW | Muon:
     """The optimiser, whose groups carry ``lr_multiplier``; frozen parameters no longer require gradients and are left
-    out.
+    out. With ``trained``, names of parameters, all others are frozen.
 
     Weight decay acts on every parameter with two or more dimensions that is no norm's. Muon takes the matrices inside
     the blocks; of parameter tokens, each growth group is a matrix of its own.
@@ -78,6 +80,7 @@ def build_optimizer(model: LanguageModel, config: OptimizerConfig) -> torch.opti
     for name, parameter in model.named_parameters():
         role, group = model.role_of(name), growth_group(name)
         frozen = role in config.frozen_roles or group in config.frozen_groups
+        frozen = frozen or (trained is not None and name not in trained)
         parameter.requires_grad_(not frozen)
         if frozen:
             parameter.grad = None

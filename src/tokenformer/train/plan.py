@@ -16,6 +16,7 @@ from tokenformer.models.base import LanguageModel
 from tokenformer.models.config import DecoderConfig
 from tokenformer.models.registry import load_config
 from tokenformer.parallel.sizes import ALONE, MeshSizes, check_tensor_split
+from tokenformer.train.adapter import AdapterRun
 from tokenformer.train.checkpoint.ranks import Ranks
 from tokenformer.train.config import RunConfig, StageConfig
 from tokenformer.train.device import compute_dtype
@@ -24,6 +25,7 @@ from tokenformer.train.memory_check import check_training_memory
 from tokenformer.train.optimizer import check_roles_and_groups
 from tokenformer.train.sections import DataConfig
 from tokenformer.train.start import (
+    adapter_of,
     find_resume_point,
     initial_config,
     initial_tokenizer,
@@ -35,7 +37,8 @@ from tokenformer.train.state import read_state
 @dataclass(frozen=True)
 class RunPlan:
     """A run that may start. ``tasks`` belong to ``stages``; ``models`` to the stages from ``first_stage`` on;
-    ``damaged`` says what is wrong with each checkpoint that is newer than ``resume_from``."""
+    ``damaged`` says what is wrong with each checkpoint that is newer than ``resume_from``; ``adapter`` what alone is
+    trained, where that is one."""
 
     config: RunConfig
     out: Path
@@ -46,6 +49,7 @@ class RunPlan:
     first_stage: int
     resume_from: Path | None
     damaged: dict[Path, str]
+    adapter: AdapterRun | None = None
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -87,7 +91,8 @@ def make_plan(
     for task, model in zip(tasks[first:], models, strict=True):
         task.check_model(model, tokenizer.sha256 if tokenizer is not None else None)
         task.check_model(model, tasks[-1].data.tokenizer.sha256)  # one tokenizer up the whole ladder
-    return RunPlan(config, out, device, stages, tasks, models, first, resume_from, damaged)
+    adapter = (ranks or Ranks()).first(partial(adapter_of, config, out, resume_from))
+    return RunPlan(config, out, device, stages, tasks, models, first, resume_from, damaged, adapter)
 
 
 def check_optimizers(plan: RunPlan, model: LanguageModel) -> None:

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from tokenformer.adapters.apply import adapter_parameters
+from tokenformer.adapters.config import EXPORT_DIRECTORY
 from tokenformer.files import restore_replaced, write_text
 from tokenformer.models.base import LanguageModel
 from tokenformer.models.card import model_card
@@ -21,6 +23,7 @@ from tokenformer.parallel.launch import find_launch, is_restart
 from tokenformer.parallel.sizes import mesh_sizes
 from tokenformer.parallel.world import World, joined, meet
 from tokenformer.progress import progress_bar, short_number
+from tokenformer.train.adapter import write_adapter_run
 from tokenformer.train.card import training_facts
 from tokenformer.train.checkpoint.contents import TrainingCheckpoint
 from tokenformer.train.checkpoint.export import Export, export_model, is_exported
@@ -59,7 +62,7 @@ _MANY_PASSES = 64
 @dataclass(frozen=True)
 class RunResult:
     """A finished run. ``metrics`` holds the newest value of each metric: ``loss``, ``val_loss``,
-    ``val_bits_per_byte``, ...; ``model`` and ``checkpoint`` are directories."""
+    ``val_bits_per_byte``, ...; ``model`` (with ``adapter``: that) and ``checkpoint`` are directories."""
 
     out: Path
     model: Path
@@ -220,7 +223,7 @@ class _Run:
     def _open_run_directory(self) -> None:
         out = self.plan.out
         remove_remains(out)
-        restore_replaced(out / "model")
+        restore_replaced(self._exported)
         for path, problem in self.plan.damaged.items():
             self.say(
                 f"damaged checkpoint: {problem}; it is kept as {set_aside(path).name}, and its steps since "
@@ -229,6 +232,8 @@ class _Run:
         write_text(out / CONFIG_FILE, self.config_text)
         if self.plan.resume_from is None:
             (out / METRICS_FILE).unlink(missing_ok=True)  # of a run that ended before its first checkpoint
+            if self.plan.adapter is not None:
+                write_adapter_run(self.plan.adapter, out)
 
     def _climb(self, start: RunStart, metrics: MetricsLog) -> RunResult:
         torch.manual_seed(self.plan.config.seed)
@@ -244,7 +249,7 @@ class _Run:
                 self.ranks.first(lambda: None)  # a launcher may end all ranks as soon as one has left
                 raise self._interruption(state)
         self.writer.finish()
-        self.say(f"model: {self.plan.out / 'model'}")
+        self.say(f"{self._exported.name}: {self._exported}")
         return self._result(state, metrics.latest)
 
     def _enter(self, index: int, state: TrainingState) -> TrainingState:
@@ -267,7 +272,9 @@ class _Run:
         else:
             model, moments = self.placement.gather(model, moments)
             model = self.placement.place(model, stage)
-        step = TrainStep(model, task, stage, self.plan.device, state, self.world)
+        adapter = self.plan.adapter
+        trained = adapter_parameters(model, adapter.base) if adapter is not None else None
+        step = TrainStep(model, task, stage, self.plan.device, state, self.world, trained)
         load_named_state(model, step.optimizer, moments)
         loop = StageLoop(
             step,
@@ -313,14 +320,22 @@ class _Run:
 
     def _card(self, config: DecoderConfig, state: TrainingState, latest: Mapping[str, Any]) -> str:
         data = self.plan.tasks[state.stage].data
-        return model_card(config, training_facts(data, self.plan.stages, state, latest))
+        facts = training_facts(data, self.plan.stages, state, latest)
+        return (
+            model_card(config, facts) if self.plan.adapter is None else self.plan.adapter.card(config, facts)
+        )
+
+    @property
+    def _exported(self) -> Path:
+        """What the run leaves for others."""
+        return self.plan.out / ("model" if self.plan.adapter is None else EXPORT_DIRECTORY)
 
     def _is_finished(self, state: TrainingState) -> bool:
         return state.stage == len(self.plan.stages) - 1 and state.stage_step >= self.plan.stages[-1].steps
 
     def _result(self, state: TrainingState, latest: Mapping[str, Any]) -> RunResult:
         out = self.plan.out
-        return RunResult(out, out / "model", checkpoint_path(out, state.step), state, dict(latest))
+        return RunResult(out, self._exported, checkpoint_path(out, state.step), state, dict(latest))
 
     def _interruption(self, state: TrainingState) -> RunInterrupted:
         assert self.request.signal_number is not None
@@ -339,6 +354,11 @@ class _Run:
             f"{self.plan.out}: {opening} at step {state.step} with {model.config.class_name}, {parameters} parameters, "
             f"on {self.plan.device}{self._describe_ranks()}"
         )
+        if (adapter := self.plan.adapter) is not None:
+            trained = model.config.num_parameters() - adapter.base.config.num_parameters()
+            self.say(
+                f"adapter of {adapter.base.name}: {short_number(trained)} parameters are trained, the rest stays"
+            )
         passes = forward_passes(self.plan.stages[state.stage], self.world.sizes)
         if passes >= _MANY_PASSES:
             self.say(f"each step takes {passes} forward passes (data.batch_tokens, data.micro_batch_size)")

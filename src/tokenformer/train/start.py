@@ -9,14 +9,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tokenformer.adapters.config import adapter_growth
 from tokenformer.errors import TokenFormerError
 from tokenformer.files import require_free
+from tokenformer.growth.spec import grown_config
 from tokenformer.language.tokenizers import Tokenizer, load_tokenizer
 from tokenformer.models.base import LanguageModel
 from tokenformer.models.config import DecoderConfig
 from tokenformer.models.directory import load_model
 from tokenformer.models.paths import resolve_model_directory
 from tokenformer.models.registry import build_model, load_config
+from tokenformer.train.adapter import AdapterRun, find_adapter_run, start_adapter
 from tokenformer.train.checkpoint.contents import TrainingCheckpoint, read_checkpoint, read_run_config
 from tokenformer.train.checkpoint.folder import WholeCheckpoint, find_newest_whole
 from tokenformer.train.compare import require_same_run
@@ -68,9 +71,24 @@ def initial_config(config: RunConfig) -> DecoderConfig:
     """Configuration of the model that the run begins with; reads no tensors.
 
     Raises:
-        TokenFormerError: ``init_from`` is neither a model directory nor a checkpoint.
+        TokenFormerError: ``init_from`` is neither a model directory nor a checkpoint, or can carry no adapter.
     """
-    return config.model if config.model is not None else load_config(_source(config))
+    if config.model is not None:
+        return config.model
+    found = load_config(_source(config))
+    return found if config.adapter is None else grown_config(found, adapter_growth(found, config.adapter))
+
+
+def adapter_of(config: RunConfig, out: Path, resume_from: Path | None) -> AdapterRun | None:
+    """The adapter that a run trains, None for any other run; a new one reads all weights of its base.
+
+    Raises:
+        TokenFormerError: the base cannot be read, or the run does not say any more what it was.
+    """
+    if config.adapter is None:
+        return None
+    source = out if resume_from is not None else _source(config)
+    return find_adapter_run(config, source, out, resumes=resume_from is not None)
 
 
 def initial_tokenizer(config: RunConfig) -> Tokenizer | None:
@@ -92,7 +110,7 @@ def begin(config: RunConfig) -> RunStart:
         model = load_model(source, dtype=torch.float32)
         for parameter in model.parameters():  # mapped from the file: a copy of its own, aligned as any other
             parameter.data = parameter.data.clone()
-        return RunStart(model, state=state)
+        return RunStart(model if config.adapter is None else start_adapter(model, config), state=state)
     checkpoint = read_checkpoint(source)
     changed = {"stage": 0, "stage_step": 0, "seed": config.seed, "data_seed": config.data.seed}
     changed |= {"window_nats": 0, "window_targets": 0}
@@ -142,6 +160,10 @@ def _source(config: RunConfig) -> Path:
     assert config.init_from is not None
     path = Path(config.init_from)
     if is_checkpoint(path):
+        if config.adapter is not None:
+            raise TokenFormerError(
+                f"init_from: {path} is a training checkpoint; the base of an adapter is a model directory or a run"
+            )
         return path
     try:
         return resolve_model_directory(path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -39,6 +39,7 @@ class TrainStep:
     The loss of a step is the sum over all targets of the global batch divided by their number, whatever the
     micro-batches. An update with a loss or gradient that is not finite is skipped on the device: weights, moments
     and step counts stay as they are. In float16 the loss is scaled; ``state`` brings the scale of a checkpoint.
+    ``trained``: names of the parameters to train, by default all that the stage does not freeze.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class TrainStep:
         device: torch.device,
         state: TrainingState | None = None,
         world: World = PROCESS,
+        trained: Collection[str] | None = None,
     ) -> None:
         self.model = model
         self.task = task
@@ -57,7 +59,7 @@ class TrainStep:
         self.world = world
         self.dtype = compute_dtype(stage.precision, device)
         self.loss_scale = _loss_scale(self.dtype, device, state or TrainingState())
-        self.optimizer = build_optimizer(model, stage.optimizer)
+        self.optimizer = build_optimizer(model, stage.optimizer, trained)
         self.parameters: list[nn.Parameter] = trained_parameters(self.optimizer)
 
     def learning_rate(self, stage_step: int) -> float:

@@ -17,12 +17,12 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from tokenformer.adapters.apply import load_with_adapters
 from tokenformer.errors import TokenFormerError
 from tokenformer.evaluation.harness.stopping import generate_until_stopped
 from tokenformer.evaluation.likelihood import Continuation, Likelihood, log_likelihoods
 from tokenformer.generation.config import SamplingConfig
 from tokenformer.language.tokenizers import load_tokenizer
-from tokenformer.models.directory import load_model
 from tokenformer.models.paths import resolve_model_directory
 from tokenformer.progress import progress_bar
 
@@ -42,6 +42,7 @@ class TokenFormerLM(TemplateLM):
         batch_size: sequences at a time, or ``auto``: as many as make up a good number of tokens. A score does not
             depend on it but for rounding.
         max_length: tokens the model may see; by default its context.
+        adapter: an adapter of the model, or several, as paths with ``;`` between or as a sequence.
         max_batch_size: taken because the harness passes it; an automatic batch needs no bound.
 
     Under torchrun each process scores a share of the requests; the harness puts the shares together.
@@ -57,6 +58,7 @@ class TokenFormerLM(TemplateLM):
         dtype: str = "auto",
         batch_size: int | str | None = "auto",
         max_length: int | None = None,
+        adapter: str | Sequence[str | Path] = (),
         max_batch_size: int | None = None,
     ) -> None:
         super().__init__()
@@ -68,7 +70,10 @@ class TokenFormerLM(TemplateLM):
         self._join_ranks()
         self._device = _find_device(device, self._local_rank)
         self.text_tokenizer = load_tokenizer(self.path)
-        self.model = load_model(self.path, device=self._device, dtype=DTYPES.get(dtype))
+        self.adapters = adapter.split(";") if isinstance(adapter, str) else list(adapter)
+        self.model = load_with_adapters(
+            self.path, self.adapters, device=self._device, dtype=DTYPES.get(dtype)
+        )
         self.dtype = str(next(self.model.parameters()).dtype).removeprefix("torch.")
         self.batch_size = _check_batch_size(batch_size)
         context = self.model.config.max_position_embeddings

@@ -61,6 +61,7 @@ def evaluate_tasks(
     model: Path | str,
     tasks: Sequence[str],
     *,
+    adapters: Sequence[Path] = (),
     include_paths: Sequence[Path] = (),
     num_fewshot: int | None = None,
     limit: int | None = None,
@@ -74,6 +75,7 @@ def evaluate_tasks(
     Args:
         model: a model directory with a tokenizer, or a run directory.
         tasks: names the harness knows, names from ``include_paths``, or ``lambada_jsonl=FILE``.
+        adapters: directories of adapters of the model, or their runs.
         include_paths: folders with task files in the harness's form.
         num_fewshot: examples before each question, where a task does not fix that.
         limit: only the first so many documents of each task.
@@ -89,7 +91,7 @@ def evaluate_tasks(
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
     manager, wanted = find_tasks(tasks, include_paths)
     harness_model = TokenFormerLM(
-        model, device=device, dtype=dtype, batch_size=batch_size, max_length=max_length
+        model, device=device, dtype=dtype, batch_size=batch_size, max_length=max_length, adapter=adapters
     )
     loaded = _load(manager, wanted)
     with _quiet():
@@ -107,6 +109,7 @@ def evaluate_tasks(
     settings = {
         "model": str(harness_model.path),
         "model_sha256": weights_sha256(harness_model.path),
+        "adapters": [str(path) for path in harness_model.adapters],
         "harness": "lm-evaluation-harness",
         "harness_version": version("lm_eval"),
         "tokenformer_version": version("tokenformer"),

@@ -1,4 +1,4 @@
-"""Model directories made from checkpoints, beside the training."""
+"""Model directories, or adapters, made from checkpoints, beside the training."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from tokenformer.adapters.config import EXPORT_DIRECTORY, is_adapter_directory
 from tokenformer.files import read_json, write_json
 from tokenformer.models.directory import save_model
 from tokenformer.models.paths import is_model_directory
+from tokenformer.train.adapter import export_adapter, is_adapter_run
 from tokenformer.train.checkpoint.contents import read_model
 from tokenformer.train.checkpoint.folder import checkpoint_step
 
 EXPORT_FILE = "export.json"
-"""In a run directory: the step of the model in ``model/``."""
+"""In a run directory: the step of the model in ``model/``, or of the adapter in ``adapter/``."""
 
 
 class Export(NamedTuple):
@@ -25,25 +27,30 @@ class Export(NamedTuple):
 
 
 def export_model(export: Export, run: Path) -> None:
-    """Write the model of a checkpoint, of however many ranks, to the run's ``model/``, in place of what is there.
+    """Write the model of a checkpoint, of however many ranks, to the run's ``model/``, or the adapter that the run
+    trains to its ``adapter/``, in place of what is there.
 
     Raises:
         TokenFormerError: the checkpoint is damaged, or the disk refuses.
     """
-    tokenizer = export.checkpoint / "tokenizer.json"
-    save_model(
-        read_model(export.checkpoint),
-        run / "model",
-        card=export.card,
-        tokenizer=tokenizer if tokenizer.is_file() else None,
-        replace=True,
-    )
+    if is_adapter_run(run):
+        export_adapter(export.checkpoint, run, export.card)
+    else:
+        tokenizer = export.checkpoint / "tokenizer.json"
+        save_model(
+            read_model(export.checkpoint),
+            run / "model",
+            card=export.card,
+            tokenizer=tokenizer if tokenizer.is_file() else None,
+            replace=True,
+        )
     write_json(run / EXPORT_FILE, {"step": checkpoint_step(export.checkpoint)})
 
 
 def is_exported(checkpoint: Path, run: Path) -> bool:
-    """Whether the run's ``model/`` is that of ``checkpoint``."""
-    if not (is_model_directory(run / "model") and (run / EXPORT_FILE).is_file()):
+    """Whether the run's ``model/`` or ``adapter/`` is that of ``checkpoint``."""
+    has_export = is_model_directory(run / "model") or is_adapter_directory(run / EXPORT_DIRECTORY)
+    if not (has_export and (run / EXPORT_FILE).is_file()):
         return False
     exported = read_json(run / EXPORT_FILE, "the step of the exported model")
     return exported.get("step") == checkpoint_step(checkpoint)
