@@ -59,4 +59,4 @@ def _shift(layer: Pattention, x: Tensor, groups: int) -> float:
         sum(w @ values.to(w.dtype) for w, values in zip(weights, layer.value_tokens, strict=False))
         for weights in (alone, beside)
     )
-    return float((after - before).norm() / before.norm())  # type: ignore[union-attr, operator]
+    return float((after - before).norm() / before.norm())

@@ -53,7 +53,7 @@ def inspect_path(path: Path | str, setup: Callable[[int], TrainingSetup] | None 
         return Inspection(*describe_recipe(path))
     found = "a file" if path.is_file() else "none of their files" if path.is_dir() else "nothing"
     raise TokenFormerError(
-        f"{path}: found {found}; expected a model directory (config.json), an adapter (adapter_config.json), "
-        "a run directory (config.yaml), "
-        f"a training checkpoint (state.json), a data directory ({DATASET_FILE}) or a recipe (.yaml)"
+        f"{path}: found {found}; expected a model directory (config.json), a run directory (config.yaml), a training "
+        f"checkpoint (state.json), a data directory ({DATASET_FILE}), an adapter (adapter_config.json) or a recipe "
+        "(.yaml)"
     )
