@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from tokenformer.errors import TokenFormerError
@@ -20,9 +22,15 @@ MAX_PASSES = 100_000
 
 
 def check_training_memory(
-    config: DecoderConfig, stage: StageConfig, device: torch.device, sizes: MeshSizes
+    config: DecoderConfig,
+    stage: StageConfig,
+    device: torch.device,
+    sizes: MeshSizes,
+    *,
+    is_adapter: bool = False,
 ) -> None:
-    """Refuse a stage whose model, moments and activations cannot fit ``device``, or whose steps would never end.
+    """Refuse a stage whose model, moments and activations cannot fit ``device``, or whose steps would never end. Of an
+    adapter's run the gradients and moments count for nothing.
 
     Raises:
         TokenFormerError: with what to change.
@@ -36,7 +44,7 @@ def check_training_memory(
         shard=sizes.shard,
         tensor=sizes.tensor,
     )
-    memory = training_memory(config, setup)
+    memory = training_memory(config, replace(setup, trained=0.0) if is_adapter else setup)
     parameters = short_number(config.num_parameters())
     sequences = f"{setup.micro_batch_size} sequences of {setup.sequence_length}"
     held = memory.weights + memory.gradients + memory.moments
