@@ -63,7 +63,7 @@ MODELS = {
     "gelu_l2_norm": {**TOKENFORMER, "norm_activation": "gelu_l2_norm"},
 }
 ADAPTER = AdapterSpec(qkv=RANK, proj=RANK, ffn=7 * RANK)  # 22 d r parameters a block, as LoRA of rank r
-RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 EVALUATED_TOKENS = 32768
 Adapted = tuple[LanguageModel, Collection[str]]
 

@@ -257,6 +257,20 @@ def test_commands(
     assert "--adapter" in nothing.err
 
 
+def test_the_harness_takes_adapters(trained: RunResult, base: Path) -> None:
+    pytest.importorskip("lm_eval")
+    from tokenformer.evaluation.harness.model import TokenFormerLM
+
+    tokens = torch.arange(20)[None]
+    with torch.no_grad():
+        alone, expected = (load_with_adapters(base, each)(tokens).logits for each in ([], [trained.out]))
+        found = TokenFormerLM(base, device="cpu", adapter=str(trained.out)).model(tokens).logits
+        stacked = TokenFormerLM(base, device="cpu", adapter=f"{trained.out};{trained.model}").model
+    assert torch.equal(found, expected)
+    assert not torch.equal(found, alone)
+    assert len(stacked.adapters) == 2
+
+
 def test_train_from_the_command_line(base: Path, data: Path, tmp_path: Path, run_command: Any) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(run_values(base, data)))

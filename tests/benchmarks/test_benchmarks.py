@@ -192,3 +192,24 @@ def test_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert numbers["results"]["none"]["of_none"] == 1
     assert all(result["ms"] > 0 for result in numbers["results"].values())
     assert numbers["saved_bytes"] > 0
+
+
+@pytest.mark.slow
+def test_adapters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("peft")
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(f"{i} squared is {i * i}." for i in range(4000)))
+    sizes = ("--base-steps", 2, "--steps", 2, "--seeds", 1, "--rates", 1e-3, 1e-2)
+    run_script(monkeypatch, "adapters.py", text, "--out", tmp_path / "out", *sizes)
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    for rate in ("0.001", "0.01"):
+        tokens, lora = results[f"tokens/{rate}/0"], results[f"lora/{rate}/0"]
+        assert tokens["parameters"] == lora["parameters"] > 0
+    assert results["tokens/0.01/0"]["loss"] < results["tokens/base"]["loss"]
+    assert results["gelu_l2_norm/shift"]["shift_largest"] > 0
+    before = (tmp_path / "out" / "results.json").read_bytes()
+    run_script(monkeypatch, "adapters.py", text, "--out", tmp_path / "out", *sizes)  # nothing is done again
+    assert (tmp_path / "out" / "results.json").read_bytes() == before
+    assert "bits per byte" in capsys.readouterr().out
