@@ -241,11 +241,12 @@ def test_interrupted_again_and_again_it_ends_the_same(
         first = run_command(*arguments)
     assert first.code == 128 + signal.SIGINT
     assert first.err == "stopped; the same command goes on from here\n"
-    with stop_before(4):  # the last step of the small run and all of the grown one, but not its export
+    with stop_before(4):  # the last step of the small run and all of the grown one, but not its report
         second = run_command(*arguments)
     assert second.code == 128 + signal.SIGINT
     assert "out/small: goes on at step 2" in second.out
-    assert not (out / "grown" / "model").exists()
+    assert (out / "small" / "report.html").is_file()
+    assert not (out / "grown" / "report.html").exists()
 
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
@@ -253,6 +254,7 @@ def test_interrupted_again_and_again_it_ends_the_same(
     with mock.patch("tokenformer.quickstart.story.generate", stop):  # all trained, nothing assessed
         third = run_command(*arguments)
     assert third.code == 128 + signal.SIGINT
+    assert (out / "grown" / "report.html").is_file()
     assert not (out / "results.json").exists()
     assert run_command(*arguments).code == 0
     assert comparable(out) == comparable(story.out)

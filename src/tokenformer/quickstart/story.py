@@ -26,8 +26,9 @@ from tokenformer.models.directory import load_model
 from tokenformer.quickstart.page import write_report
 from tokenformer.quickstart.plan import RUNS, QuickstartPlan, RunName, parse_plan
 from tokenformer.quickstart.results import GrowthResult, ModelResult, QuickstartResults
-from tokenformer.report.runs import report_run
+from tokenformer.report.runs import REPORT_FILE, report_run
 from tokenformer.train.checkpoint.contents import TrainingCheckpoint, read_checkpoint
+from tokenformer.train.checkpoint.export import is_exported
 from tokenformer.train.checkpoint.folder import list_checkpoints
 from tokenformer.train.device import find_device
 from tokenformer.train.grow import grow_directory
@@ -115,10 +116,11 @@ def _prepare(plan: QuickstartPlan, out: Path, say: Callable[[str], None]) -> Dat
 
 def _train(plan: QuickstartPlan, out: Path, name: RunName, say: Callable[[str], None], quiet: bool) -> None:
     config = plan.run_config(name, out)
-    if _is_finished(out, name, config.resolve()[-1].steps):
+    if not _is_finished(out, name, config.resolve()[-1].steps):
+        say(f"train: {TITLES[name]}")
+        train(config, out / name, resume=True, quiet=quiet)
+    elif (out / name / REPORT_FILE).is_file():
         return
-    say(f"train: {TITLES[name]}")
-    train(config, out / name, resume=True, quiet=quiet)
     report_run(out / name)
 
 
@@ -127,7 +129,7 @@ def _is_finished(out: Path, name: RunName, steps: int) -> bool:
     return (
         bool(checkpoints)
         and read_state(checkpoints[-1]).stage_step >= steps
-        and (out / name / "model").is_dir()
+        and is_exported(checkpoints[-1], out / name)
     )
 
 

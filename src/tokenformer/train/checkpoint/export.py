@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from tokenformer.adapters.config import EXPORT_DIRECTORY, is_adapter_directory
 from tokenformer.files import read_json, write_json
+from tokenformer.language.tokenizers import load_tokenizer
 from tokenformer.models.directory import save_model
 from tokenformer.models.paths import is_model_directory
 from tokenformer.train.adapter import export_adapter, is_adapter_run
@@ -36,12 +37,12 @@ def export_model(export: Export, run: Path) -> None:
     if is_adapter_run(run):
         export_adapter(export.checkpoint, run, export.card)
     else:
-        tokenizer = export.checkpoint / "tokenizer.json"
+        has_tokenizer = (export.checkpoint / "tokenizer.json").is_file()
         save_model(
             read_model(export.checkpoint),
             run / "model",
             card=export.card,
-            tokenizer=tokenizer if tokenizer.is_file() else None,
+            tokenizer=load_tokenizer(export.checkpoint) if has_tokenizer else None,
             replace=True,
         )
     write_json(run / EXPORT_FILE, {"step": checkpoint_step(export.checkpoint)})
