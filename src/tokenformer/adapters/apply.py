@@ -136,16 +136,18 @@ def merge_adapters(model: LanguageModel, *, consolidate: bool = True) -> None:
             stays the same up to rounding. Otherwise the groups stay, and the function bit for bit.
 
     Raises:
-        TokenFormerError: the groups of parameter tokens have changed since the adapters were loaded.
+        TokenFormerError: the model has no parameter tokens, their groups have changed since the adapters were loaded,
+            or some of them are frozen and others not.
     """
+    config = model.config
+    if not isinstance(config, TokenFormerConfig):
+        raise TokenFormerError(f"merge_adapters: {type(model).__name__} has no parameter tokens")
     _require_unchanged(model)
     if consolidate:
         for _, layer in pattention_layers(model).values():
             layer.consolidate()
-        whole = {role: (model.config.param_tokens(role),) for role in ROLES}  # type: ignore[attr-defined]
-        model.config = type(model.config).model_validate(
-            model.config.model_dump() | {"param_token_groups": whole}
-        )
+        whole = {role: (config.param_tokens(role),) for role in ROLES}
+        model.config = TokenFormerConfig.model_validate(config.model_dump() | {"param_token_groups": whole})
     model.adapters = ()
 
 
