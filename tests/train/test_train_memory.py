@@ -144,14 +144,14 @@ def test_published_450m_fits_where_it_should() -> None:
     )
 
 
-def check(config: DecoderConfig, *overrides: str) -> None:
+def check(config: DecoderConfig, *overrides: str, is_adapter: bool = False) -> None:
     values = {
         "model": config.model_dump(mode="json"),
         "data": {"path": "x", "sequence_length": 1024, "batch_tokens": 1024 * 4096},
         "steps": 1,
     }
     run = validate(RunConfig, apply_overrides(values, overrides), source="test")
-    check_training_memory(config, run.resolve()[0], torch.device("cpu"), MeshSizes())
+    check_training_memory(config, run.resolve()[0], torch.device("cpu"), MeshSizes(), is_adapter=is_adapter)
 
 
 def test_what_cannot_fit_or_end_is_refused_before_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,3 +174,19 @@ def test_what_cannot_fit_or_end_is_refused_before_the_start(monkeypatch: pytest.
         TokenFormerError, match=r"training 6.58G parameters takes at least .* choose smaller sizes"
     ):
         check(huge, "data.micro_batch_size=1", "data.sequence_length=32", "data.batch_tokens=32")
+
+
+def test_an_adapter_needs_no_room_for_what_is_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config("gelu", max_position_embeddings=1024)
+    sizes = ("data.batch_tokens=1024", "parallel.device=cpu")
+    pages = {
+        "SC_PAGE_SIZE": 1,
+        "SC_PHYS_PAGES": 12 * config.num_parameters(),
+    }  # 16 with gradients and moments
+    monkeypatch.setattr(os, "sysconf", pages.__getitem__)
+    with pytest.raises(TokenFormerError, match="model: training 299k parameters"):
+        check(config, *sizes)
+    with pytest.raises(
+        TokenFormerError, match=r"data\.micro_batch_size"
+    ):  # past the first: now the activations
+        check(config, *sizes, is_adapter=True)
