@@ -14,9 +14,9 @@ from drills.child import Orders
 from drills.outcome import Outcome
 from drills.processes import Trainer
 from drills.subject import differences, write_data, write_recipe
+from tokenformer.errors import LostRankError
 from tokenformer.train.checkpoint.contents import read_checkpoint
 from tokenformer.train.checkpoint.folder import list_checkpoints
-from tokenformer.train.heartbeat import EXIT_HUNG
 from tokenformer.train.metrics import read_metrics
 
 _TIMEOUT = 600.0
@@ -50,7 +50,7 @@ def other_numbers(folder: Path, trainer: Trainer) -> list[Outcome]:
     trainer.train(recipe, whole)
     stops = (
         (4, 2, signal.SIGUSR1, "step 5"),  # rank 2 gets the signal in the fifth step of the process
-        (2, 1, signal.SIGTERM, "step 9"),
+        (2, 1, signal.SIGTERM, "step 10"),
     )
     problems = []
     for size, rank, number, step in stops:
@@ -73,7 +73,7 @@ def hung_rank(folder: Path, trainer: Trainer) -> list[Outcome]:
     out = folder / "run"
     ends = trainer.train_ranks(recipe, out, [Orders(), Orders(sleep_step=5)])
     problems = []
-    if {end.code for end in ends} != {EXIT_HUNG} or not any(
+    if {end.code for end in ends} != {LostRankError.exit_code} or not any(
         "waiting for rank 1" in end.words for end in ends
     ):
         problems.append(f"exit codes {[end.code for end in ends]}: {ends[0].words}")

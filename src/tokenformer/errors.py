@@ -5,8 +5,17 @@ class TokenFormerError(Exception):
     """Something the user can put right: a wrong field, a missing file, a size that cannot be.
 
     The message names the field or file, what was found and what was expected. The command line prints it
-    and exits with code 2; a traceback is shown only with ``--debug``.
+    and exits with ``exit_code``; a traceback is shown only with ``--debug``.
     """
+
+    exit_code = 2
+
+
+class LostRankError(TokenFormerError):
+    """Another process of the run hung or is gone. Nothing is wrong with this one: going on may succeed, which is what
+    ``EX_TEMPFAIL`` of sysexits.h says."""
+
+    exit_code = 75
 
 
 class ToldElsewhere(TokenFormerError):

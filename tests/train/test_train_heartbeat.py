@@ -46,6 +46,7 @@ def test_all_name_the_one_that_is_behind(ranks: Ranks) -> None:
     for message in ranks.ended.values():
         assert "waiting for rank 1:\n  rank 1 (process" in message
         assert "step 3, reading data since" in message
+        assert "wait (threading.py:" in message  # where the main thread is: waiting for this to happen
 
 
 def test_ranks_that_are_busy_alike_are_left_alone(ranks: Ranks) -> None:

@@ -45,7 +45,7 @@ def _register() -> None:
 
 
 def main() -> None:
-    """Entry point: run the command; a :class:`TokenFormerError` becomes one message and exit code 2."""
+    """Entry point: run the command; a :class:`TokenFormerError` becomes one message and an exit code."""
     if not app.registered_commands:
         _register()
     debug = "--debug" in sys.argv[1:]
@@ -56,12 +56,11 @@ def main() -> None:
         message = _explain(error)
         if debug or message is None:
             raise
-        if isinstance(error, ToldElsewhere):
-            sys.exit(2)
-        console = Console(stderr=True, highlight=False, soft_wrap=True)
-        console.print("error:", style="bold red", end=" ")
-        console.print(message, markup=False)
-        sys.exit(2)
+        if not isinstance(error, ToldElsewhere):
+            console = Console(stderr=True, highlight=False, soft_wrap=True)
+            console.print("error:", style="bold red", end=" ")
+            console.print(message, markup=False)
+        sys.exit(error.exit_code if isinstance(error, TokenFormerError) else TokenFormerError.exit_code)
 
 
 _LESS = "choose smaller sizes, or fewer sequences at a time (data.micro_batch_size, --batch-size)"

@@ -11,23 +11,22 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
+from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
-from tokenformer.errors import TokenFormerError
-
-EXIT_HUNG = 75
-"""Exit code of a rank that waited in vain for another; ``EX_TEMPFAIL`` of sysexits.h: going on may succeed."""
+from tokenformer.errors import LostRankError
 
 _SHARE_OF_TIMEOUT = 0.9  # before the collective itself gives up, whose message names no rank
 _ASKING = timedelta(seconds=5)
+_PERIODS_BEHIND = 3
 
 
 class Pulse(NamedTuple):
-    """How far a rank is: ``beats`` so far, the last at ``time`` (seconds since the epoch) in ``step``,
-    where it began ``doing`` something; ``alive`` is when its process last said so."""
+    """How far a rank is: ``beats`` so far, the last at ``time`` (seconds since the epoch) in ``step``, where it began
+    ``doing`` something; ``alive`` is when its process last said so, and ``place`` the line its main thread was at."""
 
     rank: int
     host: str
@@ -37,6 +36,7 @@ class Pulse(NamedTuple):
     doing: str
     time: float
     alive: float
+    place: str
 
     def describe(self, now: float) -> str:
         """One line for the user."""
@@ -47,7 +47,7 @@ class Pulse(NamedTuple):
         )
         return (
             f"rank {self.rank} (process {self.pid} on {self.host}): step {self.step}, {self.doing} since {since}, "
-            f"{now - self.time:.0f} s ago{gone}"
+            f"{now - self.time:.0f} s ago, at {self.place}{gone}"
         )
 
 
@@ -55,7 +55,8 @@ class Heartbeat:
     """Beats of this rank, and a thread that compares them with those of the others.
 
     A rank that has come no further for nine tenths of ``timeout``, while another has fewer beats or its process is
-    silent, ends its process with :data:`EXIT_HUNG` and a message that names the rank that is behind. Where all stand
+    silent, ends its process with the exit code of a
+    :class:`~tokenformer.errors.LostRankError` and a message that names the rank that is behind. Where all stand
     at the same place, nothing is done: that may be a long compilation.
 
     Args:
@@ -82,7 +83,8 @@ class Heartbeat:
         self._end = end or _end_process
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
-        self._own = Pulse(rank, socket.gethostname(), os.getpid(), 0, 0, "starting", time.time(), time.time())
+        now = time.time()
+        self._own = Pulse(rank, socket.gethostname(), os.getpid(), 0, 0, "starting", now, now, _place())
 
     def beat(self, step: int, doing: str) -> None:
         """Say that this rank is at ``step`` and begins ``doing`` something; costs nothing."""
@@ -93,19 +95,17 @@ class Heartbeat:
         """Say where the ranks are when a collective operation fails in the block: a rank is lost, or too late.
 
         Raises:
-            TokenFormerError: in place of the error of the process group.
+            LostRankError: in place of the error of the process group.
         """
         try:
             yield
         except RuntimeError as error:
             if self._store is None or not _is_collective(error):
                 raise
-            with suppress(Exception):  # the store may be gone with the first process
-                self._tell()
             where = "the first process of the run no longer answers"
-            with suppress(Exception):
+            with suppress(Exception):  # the store may be gone with it
                 where = f"where the ranks were last:\n{self.diagnosis()}"
-            raise TokenFormerError(
+            raise LostRankError(
                 f"rank {self._rank}: lost touch with another rank in step {self._own.step}, {self._own.doing} "
                 f"({str(error).splitlines()[0]}); {where}\nGo on from the last checkpoint with --resume"
             ) from error
@@ -142,10 +142,13 @@ class Heartbeat:
                 self._end(f"the first process of the run no longer answers ({str(error).splitlines()[0]})")
                 return
             if behind is not None:
-                self._end(
+                message = (
                     f"hung: no step for {time.time() - self._own.time:.0f} s, waiting for rank {behind.rank}:\n"
                     f"{self.diagnosis()}"
                 )
+                if behind.rank == self._rank:  # the others say so first: its end would cut them off
+                    self._stopped.wait(_PERIODS_BEHIND * self._period)
+                self._end(message)
                 return
 
     def _behind(self) -> Pulse | None:
@@ -160,7 +163,7 @@ class Heartbeat:
 
     def _tell(self) -> None:
         assert self._store is not None
-        self._own = self._own._replace(alive=time.time())
+        self._own = self._own._replace(alive=time.time(), place=_place())
         self._store.set(str(self._rank), json.dumps(self._own))
 
     def _ask(self) -> list[Pulse]:
@@ -174,6 +177,12 @@ class Heartbeat:
         return pulses
 
 
+def _place() -> str:
+    """The innermost line of Python that the main thread is at."""
+    frame = sys._current_frames()[threading.main_thread().ident or 0]
+    return f"{frame.f_code.co_qualname} ({Path(frame.f_code.co_filename).name}:{frame.f_lineno})"
+
+
 def _is_collective(error: RuntimeError) -> bool:
     """Whether a process group failed; gloo has no type of error of its own."""
     return isinstance(error, dist.DistError) or "gloo" in str(error).lower() or "NCCL" in str(error)
@@ -182,4 +191,4 @@ def _is_collective(error: RuntimeError) -> bool:
 def _end_process(message: str) -> None:
     """The main thread waits inside a collective and cannot be reached: nothing less ends the process."""
     print(f"error: {message}\ngo on from the last checkpoint with --resume", file=sys.stderr, flush=True)
-    os._exit(EXIT_HUNG)
+    os._exit(LostRankError.exit_code)

@@ -91,8 +91,7 @@ class StageLoop:
             self._end_without_data()
             while self.state.stage_step < self.stage.steps and self._request.signal_number is None:
                 step, before = self.state.stage_step, self.state.tokens
-                self._beat(self.state.step, "computing")
-                result = self.step(iter(ready), step, len(ready))
+                result = self.step(self._telling(ready), step, len(ready))
                 self._window.add(result)
                 self._advance()
                 last = self.state.stage_step == self.stage.steps
@@ -115,6 +114,11 @@ class StageLoop:
             self._data_error = error
         self._poll(self._data_error is not None)
         return ready
+
+    def _telling(self, batches: list[Any]) -> Iterator[Any]:
+        for index, batch in enumerate(batches, 1):
+            self._beat(self.state.step, f"computing pass {index}")
+            yield batch
 
     def _end_without_data(self) -> None:
         """Data that cannot be read any more end the run, but not what it has learned."""
