@@ -121,7 +121,7 @@ class CheckpointWriter:
         try:
             local = None
             if self._staging is not None:
-                if self._device.type == "cuda":
+                if self._device.index is not None:
                     torch.cuda.set_device(self._device)  # a thread begins on the first device
                 self._staging.wait()
                 local = self._staging.copies
