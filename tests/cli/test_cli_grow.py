@@ -196,7 +196,7 @@ class TestModelDirectory:
 def _grow_wrongly(layer: Any, num_param_tokens: int, init: str, generator: torch.Generator) -> None:
     fresh = num_param_tokens - layer.num_param_tokens
     tokens = torch.randn(fresh, layer.in_features, generator=generator)
-    layer._append(1e-2 * tokens, tokens)
+    layer.append(1e-2 * tokens, tokens)
 
 
 @pytest.mark.usefixtures("workplace")
