@@ -84,8 +84,7 @@ def test_error_is_that_of_the_definition(norm_activation: str, dtype: torch.dtyp
             assert found.dtype == dtype
             scale = 1e-6 * wide.numel() ** 0.5  # where the exact result is 0 but for rounding
             if wide.norm() > scale:
-                # both are a rounding or two: over small tensors one is now and then a third above the other
-                assert relative_error(found, wide) <= 1.35 * relative_error(reference, wide) + slack
+                assert relative_error(found, wide) <= 1.2 * relative_error(reference, wide) + slack
             else:
                 assert found.double().norm() <= 3 * reference.double().norm() + scale
 

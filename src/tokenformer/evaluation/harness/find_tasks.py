@@ -41,8 +41,6 @@ def find_tasks(
     if unknown:
         raise TokenFormerError(
             f"tasks: '{unknown[0]}' is no task of the harness{nearest(unknown[0], manager.all_tasks)}"
-            if manager.all_tasks
-            else f"tasks: '{unknown[0]}' is not known"
         )
     return manager, wanted
 
