@@ -50,7 +50,7 @@ def train_and_note(recipe: str, out: str, words: str, environment: dict[str, str
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     from tokenformer.cli.main import main
-    from tokenformer.train import run as run_module
+    from tokenformer.train import climb
     from tokenformer.train.checkpoint import export, writer
     from tokenformer.train.step import TrainStep
 
@@ -58,7 +58,7 @@ def train_and_note(recipe: str, out: str, words: str, environment: dict[str, str
     TrainStep.__call__ = notes.noting_samples(TrainStep.__call__)  # type: ignore[method-assign]
     writer.write_contents = notes.timed("checkpoint", writer.write_contents)
     export.export_model = notes.timed("export", export.export_model)
-    run_module.grow_for_stage = notes.timed("growth", run_module.grow_for_stage)
+    climb.grow_for_stage = notes.timed("growth", climb.grow_for_stage)
     sys.argv = ["tokenformer", "train", recipe, "--out", out, "--resume"]
     main()
 

@@ -14,12 +14,11 @@ from tokenformer.errors import TokenFormerError
 from tokenformer.growth.spec import GrowthSpec
 from tokenformer.models.config import PositiveInt
 from tokenformer.models.registry import ModelConfig
+from tokenformer.train.data_section import DataConfig, DataOverrides
 from tokenformer.train.ladder import model_configs
 from tokenformer.train.sections import (
     ActivationCheckpointingConfig,
     CheckpointConfig,
-    DataConfig,
-    DataOverrides,
     EvaluationConfig,
     LoggingConfig,
     OptimizerConfig,

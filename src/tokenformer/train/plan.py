@@ -19,11 +19,11 @@ from tokenformer.parallel.sizes import ALONE, MeshSizes, check_tensor_split
 from tokenformer.train.adapter import AdapterRun
 from tokenformer.train.checkpoint.ranks import Ranks
 from tokenformer.train.config import RunConfig, StageConfig
+from tokenformer.train.data_section import DataConfig
 from tokenformer.train.device import compute_dtype
 from tokenformer.train.ladder import model_configs, num_growth_groups
 from tokenformer.train.memory_check import check_training_memory
 from tokenformer.train.optimizer import check_roles_and_groups
-from tokenformer.train.sections import DataConfig
 from tokenformer.train.start import (
     adapter_of,
     find_resume_point,
