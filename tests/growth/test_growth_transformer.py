@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tokenformer import Transformer, TransformerConfig, TokenFormerError
+from tokenformer import TokenFormerError, Transformer, TransformerConfig
 from tokenformer.growth.measure import logit_change
 from tokenformer.growth.transformer import deepen_transformer, widen_transformer
 
@@ -26,9 +26,7 @@ def draw_tokens(seed: int = 0) -> Tensor:
 
 
 def trained(optimizer_steps: int = 3, **fields: Any) -> tuple[Transformer, torch.optim.AdamW]:
-    model = Transformer(
-        TransformerConfig(**SIZES | fields), generator=torch.Generator().manual_seed(1)
-    )
+    model = Transformer(TransformerConfig(**SIZES | fields), generator=torch.Generator().manual_seed(1))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(optimizer_steps):
         loss_of(model).backward()

@@ -1,0 +1,100 @@
+"""The command line; see the package."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import benchmarks.growth
+
+from tokenformer.errors import TokenFormerError
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse_arguments(argv)
+    try:
+        arguments.command(arguments)
+    except TokenFormerError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.growth",
+        description=benchmarks.growth.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True)
+    data = commands.add_parser("data", help="documents to a data directory with three splits")
+    data.add_argument("sources", nargs="+", type=Path)
+    data.add_argument("--out", type=Path, required=True)
+    data.add_argument("--validation", type=Path, nargs="*", default=[])
+    data.add_argument("--test", type=Path, nargs="*", default=[])
+    data.add_argument("--tokenizer", default="byte")
+    data.set_defaults(command=prepare_data)
+    run = commands.add_parser("run", help="do the runs of a plan that have no result yet")
+    run.add_argument("plan", type=Path)
+    run.add_argument("--data", type=Path, required=True)
+    run.add_argument("--out", type=Path, required=True)
+    run.add_argument("--workers", type=int, default=1, help="runs at once")
+    run.add_argument("--seconds", type=float, default=1e9, help="start nothing that would take longer")
+    run.add_argument("--dry", action="store_true", help="only say what would be done, and what it costs")
+    run.set_defaults(command=run_plan)
+    table = commands.add_parser("table", help="medians over seeds")
+    table.add_argument("results", type=Path, nargs="+")
+    table.set_defaults(command=print_table)
+    figures = commands.add_parser("figures", help="draw loss against FLOPs, and the sweeps")
+    figures.add_argument("results", type=Path, nargs="+")
+    figures.add_argument("--out", type=Path, required=True)
+    figures.set_defaults(command=draw_figures)
+    return parser.parse_args(argv)
+
+
+def prepare_data(arguments: argparse.Namespace) -> None:
+    from tokenformer.language.prepare import prepare
+
+    prepare(
+        arguments.sources,
+        arguments.out,
+        tokenizer=arguments.tokenizer,
+        validation=arguments.validation,
+        test=arguments.test,
+    )
+
+
+def run_plan(arguments: argparse.Namespace) -> None:
+    from benchmarks.growth.execute import Place, find_commit
+    from benchmarks.growth.plan import load_plan
+    from benchmarks.growth.pool import Pool
+
+    place = Place(arguments.data, arguments.out, find_commit())
+    pool = Pool(load_plan(arguments.plan), place, workers=arguments.workers, seconds=arguments.seconds)
+    if arguments.dry:
+        missing = pool.missing()
+        for run in missing:
+            print(f"{run.id}: {run.flops / 1e15:.3g} PFLOP")
+        print(f"{len(missing)} runs, {sum(pool._new_flops(run) for run in missing) / 1e15:.3g} PFLOP")
+        return
+    left_out = pool.run()
+    if left_out:
+        print(f"left out ({len(left_out)}): {', '.join(run.id for run in left_out)}")
+
+
+def print_table(arguments: argparse.Namespace) -> None:
+    from benchmarks.growth.figures import ranking, read_all
+
+    for line in ranking(read_all(arguments.results)):
+        print(line)
+
+
+def draw_figures(arguments: argparse.Namespace) -> None:
+    from benchmarks.growth.figures import draw_all, read_all
+
+    for path in draw_all(read_all(arguments.results), arguments.out):
+        print(path)
+
+
+if __name__ == "__main__":
+    main()

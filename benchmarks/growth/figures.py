@@ -1,0 +1,165 @@
+"""Tables and figures of results: medians over seeds, loss against total FLOPs, the sweeps."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.growth.execute import Result
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+_SETTLED = 0.1  # the first share of a curve does not set the scale
+
+
+def read_all(paths: Iterable[Path]) -> list[Result]:
+    """Results of several files; of one id in one file the last line counts."""
+    found: dict[tuple[str, str], Result] = {}
+    for path in paths:
+        for line in path.read_text("utf-8").splitlines():
+            result = json.loads(line)
+            found[str(path), result["id"]] = result
+    return list(found.values())
+
+
+def by_name(results: Iterable[Result]) -> dict[str, list[Result]]:
+    """Results that differ in the seed alone."""
+    grouped: dict[str, list[Result]] = {}
+    for result in results:
+        grouped.setdefault(result["name"], []).append(result)
+    return grouped
+
+
+def median(results: Sequence[Result], field: str = "val") -> float:
+    """Median over seeds; infinite where one diverged."""
+    return statistics.median(float("inf") if r.get(field) is None else r[field] for r in results)
+
+
+def ranking(results: Sequence[Result]) -> list[str]:
+    """One line for each kind of run, the best of each group first, by validation."""
+    lines = []
+    for group in dict.fromkeys(result["group"] for result in results):
+        lines += [f"== {group}"]
+        named = by_name(result for result in results if result["group"] == group)
+        for name, runs in sorted(named.items(), key=lambda item: median(item[1])):
+            values = " ".join("-" if r.get("val") is None else f"{r['val']:.4f}" for r in runs)
+            spent = f"{runs[0].get('total_flops', 0) / 1e15:.3g} PFLOP"
+            size = f"{runs[0]['parameters'] / 1e6:.3g}M"
+            lines.append(
+                f"  val {median(runs):.4f} test {median(runs, 'test'):.4f} {size} {spent} {name} [{values}]"
+            )
+    return lines
+
+
+def draw_all(results: Sequence[Result], out: Path) -> list[Path]:
+    """One SVG for each group: its curves of loss against total FLOPs, and its sweep where a rate was varied."""
+    out.mkdir(parents=True, exist_ok=True)
+    written = []
+    for group in dict.fromkeys(result["group"] for result in results):
+        chosen = [result for result in results if result["group"] == group and result.get("curve")]
+        if not chosen:
+            continue
+        written.append(
+            _figure(out / f"{group}-flops.svg", lambda axes, r=chosen: draw_curves(axes, r, results))
+        )
+        if len({_rate(result) for result in chosen}) > 2:
+            written.append(_figure(out / f"{group}-rates.svg", lambda axes, r=chosen: draw_rates(axes, r)))
+    return written
+
+
+def draw_curves(axes: Axes, results: Sequence[Result], everything: Sequence[Result]) -> None:
+    """Validation against total FLOPs, the median over seeds of each kind of run; a grown run's line begins with its
+    parent's."""
+    for index, (name, runs) in enumerate(by_name(results).items()):
+        lines = [whole_curve(run, everything) for run in runs]
+        shortest = min(len(line) for line in lines)
+        flops = [point[0] for point in lines[0][:shortest]]
+        values = [statistics.median(line[i][2] for line in lines) for i in range(shortest)]
+        color = COLORS[index % len(COLORS)]
+        axes.plot(flops, values, color=color, label=f"{name} ({len(runs)})", linewidth=1.6)
+        for run in runs[:1]:
+            for at in growth_points(run, everything):
+                axes.axvline(at, color=color, linestyle=":", linewidth=0.8)
+    _set_scale(axes, [whole_curve(run, everything) for run in results])
+    axes.set_xscale("log")
+    axes.set_xlabel("total training compute (FLOPs, smaller stages included)")
+    axes.set_ylabel("validation (bits per byte)")
+    axes.legend(frameon=False, fontsize=7)
+
+
+def draw_rates(axes: Axes, results: Sequence[Result]) -> None:
+    """Bits per byte at the end of runs against their learning rate, a line for each kind that differs in that alone."""
+    kinds: dict[str, dict[float, list[float]]] = {}
+    for result in results:
+        if result.get("val") is not None:
+            kind = _without_rate(result["name"])
+            kinds.setdefault(kind, {}).setdefault(_rate(result), []).append(result["val"])
+    for index, (kind, points) in enumerate(kinds.items()):
+        rates = sorted(points)
+        values = [statistics.median(points[rate]) for rate in rates]
+        color = COLORS[index % len(COLORS)]
+        axes.plot(rates, values, marker="o", markersize=3.5, color=color, label=kind, linewidth=1.4)
+    axes.set_xscale("log")
+    axes.set_xlabel("learning rate")
+    axes.set_ylabel("validation at the end (bits per byte)")
+    axes.legend(frameon=False, fontsize=7)
+
+
+def whole_curve(result: Result, everything: Sequence[Result]) -> list[list[float]]:
+    """[FLOPs, step, bits per byte] from the first ancestor on."""
+    parent = _parent(result, everything)
+    before = [] if parent is None else whole_curve(parent, everything)
+    return [*before, *result["curve"]]
+
+
+def growth_points(result: Result, everything: Sequence[Result]) -> list[float]:
+    """Total FLOPs at which the model was made larger."""
+    parent = _parent(result, everything)
+    if parent is None:
+        return []
+    return [*growth_points(parent, everything), parent["total_flops"]]
+
+
+def _parent(result: Result, everything: Sequence[Result]) -> Result | None:
+    if result.get("parent") is None:
+        return None
+    wanted = f"{result['parent']}#{result['seed']}"
+    return next((other for other in everything if other["id"] == wanted and other.get("curve")), None)
+
+
+def _rate(result: Result) -> float:
+    return float(result["config"].get("optimizer", {}).get("lr", 0.0))
+
+
+def _without_rate(name: str) -> str:
+    head, _, varied = name.partition("/")
+    rest = ",".join(part for part in varied.split(",") if not part.startswith("lr="))
+    return f"{head}/{rest}" if rest else head
+
+
+def _set_scale(axes: Axes, lines: Sequence[Sequence[Sequence[float]]]) -> None:
+    end = max(point[0] for line in lines for point in line)
+    settled = [point[2] for line in lines for point in line if point[0] >= _SETTLED * end]
+    if settled and max(settled) > min(settled):
+        margin = 0.05 * (max(settled) - min(settled))
+        axes.set_ylim(min(settled) - margin, max(settled) + margin)
+
+
+def _figure(path: Path, draw: Any) -> Path:
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": path.name}):
+        figure = Figure(figsize=(8, 5), layout="constrained")
+        axes = figure.add_subplot()
+        draw(axes)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        FigureCanvasSVG(figure).print_svg(str(path), metadata={"Date": None})
+    return path

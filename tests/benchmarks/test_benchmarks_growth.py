@@ -1,0 +1,112 @@
+"""The growth comparison in a small form: every kind of run, going on where it stopped, its table and figures."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TINY = ROOT / "benchmarks" / "growth" / "plans" / "tiny.yaml"
+
+
+def run_command(*arguments: object) -> str:
+    """What the command prints."""
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
+        patch.syspath_prepend(str(ROOT))
+        main = importlib.import_module("benchmarks.growth.__main__").main
+        main([str(argument) for argument in arguments])
+    return printed.getvalue()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A data directory, and the directory of a finished comparison."""
+    folder = tmp_path_factory.mktemp("growth")
+    sources = []
+    for name, count in (("train", 400), ("validation", 60), ("test", 60)):
+        source = folder / f"{name}.jsonl"
+        lines = [
+            json.dumps({"text": f"{name} {number}: the sum of {number} and 3 is {number + 3}.\n"})
+            for number in range(count)
+        ]
+        source.write_text("\n".join(lines), "utf-8")
+        sources.append(source)
+    data, out = folder / "data", folder / "out"
+    run_command("data", sources[0], "--validation", sources[1], "--test", sources[2], "--out", data)
+    run_command("run", TINY, "--data", data, "--out", out)
+    return data, out
+
+
+def read(out: Path) -> dict[str, dict[str, Any]]:
+    lines = (out / "results.jsonl").read_text("utf-8").splitlines()
+    return {result["id"]: result for result in map(json.loads, lines)}
+
+
+def test_every_run_has_a_result_with_its_configuration(finished: tuple[Path, Path]) -> None:
+    results = read(finished[1])
+    assert len(results) == 13
+    for result in results.values():
+        assert "error" not in result
+        assert 0 < result["val"] < 12
+        assert 0 < result["test"] < 12
+        assert result["effective"]["steps"] > 0
+        assert result["curve"][-1][0] == result["total_flops"] == pytest.approx(result["flops"], rel=0.2)
+        assert {"commit", "machine", "torch", "train_seconds", "wall_seconds"} <= result.keys()
+
+
+def test_budgets_count_the_smaller_stages(finished: tuple[Path, Path]) -> None:
+    results = read(finished[1])
+    small, copies, ladder = (results[f"{name}#0"] for name in ("small", "copies", "ladder"))
+    assert small["total_flops"] < copies["curve"][0][0]
+    assert copies["total_flops"] < ladder["curve"][0][0]
+    assert ladder["parameters"] > copies["parameters"] > small["parameters"]
+
+
+def test_exact_growth_is_exact_and_watched(finished: tuple[Path, Path]) -> None:
+    results = read(finished[1])
+    for name in ("grown/moments=keep#0", "grown/moments=reset#0", "ladder#0", "wide#0"):
+        assert results[name]["started"]["relative_change"] < 1e-6
+    assert results["deep#0"]["started"]["relative_change"] > 1e-6  # stacking moves the function
+    watched = results["grown/moments=keep#0"]
+    assert watched["effective"]["evaluation"]["every_steps"] == 10
+    assert watched["val"] != results["grown/moments=reset#0"]["val"]
+
+
+def test_a_finished_plan_is_not_done_again_and_a_changed_run_is(
+    finished: tuple[Path, Path], tmp_path: Path
+) -> None:
+    data, out = finished
+    assert "0 runs" in run_command("run", TINY, "--data", data, "--out", out, "--dry")
+    changed = tmp_path / "changed.yaml"
+    changed.write_text(
+        TINY.read_text("utf-8").replace(
+            "flops: 4.0e+8, set: {growth.deepen", "flops: 5.0e+8, set: {growth.deepen"
+        ),
+        "utf-8",
+    )
+    planned = run_command("run", changed, "--data", data, "--out", out, "--dry")
+    assert planned.startswith("deep#0")
+    assert "1 runs" in planned
+
+
+def test_table_and_figures(finished: tuple[Path, Path], tmp_path: Path) -> None:
+    results = finished[1] / "results.jsonl"
+    assert "grown/moments=keep" in run_command("table", results)
+    drawn = run_command("figures", results, "--out", tmp_path / "figures").splitlines()
+    assert [Path(path).name for path in drawn] == ["runs-flops.svg", "runs-rates.svg"]
+    assert all(Path(path).read_text("utf-8").rstrip().endswith("</svg>") for path in drawn)
+
+
+def test_a_plan_with_an_unknown_parent_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = tmp_path / "plan.yaml"
+    plan.write_text("config: {}\nmodels: {}\nruns: [{name: a, parent: b, flops: 1.0}]\n", "utf-8")
+    with pytest.raises(SystemExit) as stopped:
+        run_command("run", plan, "--data", tmp_path, "--out", tmp_path / "o")
+    assert stopped.value.code == 2
+    assert "its parent 'b#0' is not in the plan" in capsys.readouterr().err
