@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+import tempfile
 from pathlib import Path
 
 import benchmarks.growth
@@ -45,6 +47,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     table = commands.add_parser("table", help="medians over seeds")
     table.add_argument("results", type=Path, nargs="+")
     table.set_defaults(command=print_table)
+    statistics = commands.add_parser("statistics", help="sizes of activations, weights and gradients by role")
+    statistics.add_argument("plan", type=Path)
+    statistics.add_argument("names", nargs="+", help="runs of the plan")
+    statistics.add_argument("--data", type=Path, required=True)
+    statistics.add_argument("--steps", type=int, nargs="+", default=[0, 100])
+    statistics.add_argument("--json", type=Path)
+    statistics.set_defaults(command=print_statistics)
     figures = commands.add_parser("figures", help="draw loss against FLOPs, and the sweeps")
     figures.add_argument("results", type=Path, nargs="+")
     figures.add_argument("--out", type=Path, required=True)
@@ -87,6 +96,25 @@ def print_table(arguments: argparse.Namespace) -> None:
 
     for line in ranking(read_all(arguments.results)):
         print(line)
+
+
+def print_statistics(arguments: argparse.Namespace) -> None:
+    from benchmarks.growth.execute import Place, find_commit
+    from benchmarks.growth.plan import expand, load_plan
+    from benchmarks.growth.statistics import describe, measure_run
+
+    plan = load_plan(arguments.plan)
+    runs = {run.name: run for run in reversed(expand(plan))}
+    with tempfile.TemporaryDirectory() as folder:
+        place = Place(arguments.data, Path(folder), find_commit())
+        found = [
+            (f"{name}, {steps} steps", measure_run(runs[name], plan, place, steps))
+            for name in arguments.names
+            for steps in arguments.steps
+        ]
+    print("\n".join(describe(found)))
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(dict(found), indent=1), "utf-8")
 
 
 def draw_figures(arguments: argparse.Namespace) -> None:

@@ -55,7 +55,7 @@ def _execute(run: Run, plan: Plan, place: Place, parent: Result | None, is_paren
     from tokenformer.validation import validate
 
     out = place.run(run)
-    start, facts = _make_start(run, plan, place, parent)
+    start, facts = make_start(run, plan, place, parent)
     values = run_values(run, plan, place, start, facts["flops_per_token"], parent)
     result: Result = {"id": run.id, **run.model_dump(mode="json"), "started": facts.get("growth")}
     result |= {"effective": values, "parameters": facts["parameters"], **_machine(place)}
@@ -104,7 +104,7 @@ def run_values(
     return values | ({"model": run.model} if start is None else {"init_from": str(start)})
 
 
-def _make_start(
+def make_start(
     run: Run, plan: Plan, place: Place, parent: Result | None
 ) -> tuple[Path | None, dict[str, Any]]:
     """The directory that the run begins from (None: the configuration alone says it), and facts of its model."""
@@ -202,7 +202,7 @@ def _compare(before: Any, after: Any, plan: Plan, place: Place, length: int) -> 
     from tokenformer.language.scoring import score
     from tokenformer.language.windows import ValidationWindows
 
-    device = _device()
+    device = find_device()
     data = DataDirectory.open(place.data)
     windows = ValidationWindows(data.split("validation"), length, 4 * length)
     tokens = torch.stack([torch.from_numpy(windows[i].inputs) for i in range(len(windows))]).to(device)
@@ -234,7 +234,7 @@ def _scores(model_directory: Path, plan: Plan, place: Place) -> dict[str, float 
     from tokenformer.language.scoring import score
     from tokenformer.models.directory import load_model
 
-    device = _device()
+    device = find_device()
     data, model = DataDirectory.open(place.data), load_model(model_directory, device=device)
     length = model.config.max_position_embeddings
     found: dict[str, float | None] = {}
@@ -266,10 +266,11 @@ def _curves(out: Path) -> dict[str, Any]:
     }
 
 
-def _device() -> Any:
-    from tokenformer.train.device import find_device
+def find_device() -> Any:
+    """CUDA where it is, else the CPU (MPS is not used)."""
+    import torch
 
-    return find_device()
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def _autocast(device: Any) -> Any:
@@ -282,7 +283,7 @@ def _autocast(device: Any) -> Any:
 def _machine(place: Place) -> dict[str, str]:
     import torch
 
-    device = _device()
+    device = find_device()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU"
     return {"machine": cast(str, name), "torch": torch.__version__, "commit": place.commit}
 

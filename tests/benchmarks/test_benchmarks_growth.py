@@ -110,3 +110,26 @@ def test_a_plan_with_an_unknown_parent_is_refused(tmp_path: Path, capsys: pytest
         run_command("run", plan, "--data", tmp_path, "--out", tmp_path / "o")
     assert stopped.value.code == 2
     assert "its parent 'b#0' is not in the plan" in capsys.readouterr().err
+
+
+def test_statistics_of_fresh_weights(finished: tuple[Path, Path], tmp_path: Path) -> None:
+    written = tmp_path / "statistics.json"
+    run_command(
+        "statistics",
+        TINY,
+        "small",
+        "transformer/lr=0.003",
+        "--data",
+        finished[0],
+        "--steps",
+        0,
+        "--json",
+        written,
+    )
+    small, transformer = json.loads(written.read_text("utf-8")).values()
+    assert small["qkv keys"]["weight"] == pytest.approx(16**-0.5, rel=0.1)
+    assert small["qkv"]["scores"] == pytest.approx(1, rel=0.3)  # normed inputs, keys of 1/sqrt(d)
+    assert 0 < small["ffn"]["active"] < 1
+    assert small["all"]["loss"] == pytest.approx(5.95, abs=0.1)  # ln 384
+    assert transformer["proj"]["weight"] == pytest.approx((2 * 2 * 16) ** -0.5, rel=0.1)
+    assert all(entry["gradient"] > 0 for entry in transformer.values() if "gradient" in entry)
