@@ -130,6 +130,6 @@ def test_statistics_of_fresh_weights(finished: tuple[Path, Path], tmp_path: Path
     assert small["qkv keys"]["weight"] == pytest.approx(16**-0.5, rel=0.1)
     assert small["qkv"]["scores"] == pytest.approx(1, rel=0.3)  # normed inputs, keys of 1/sqrt(d)
     assert 0 < small["ffn"]["active"] < 1
-    assert small["all"]["loss"] == pytest.approx(5.95, abs=0.1)  # ln 384
+    assert small["all"]["loss"] == pytest.approx(5.95, abs=0.3)  # ln 384
     assert transformer["proj"]["weight"] == pytest.approx((2 * 2 * 16) ** -0.5, rel=0.1)
     assert all(entry["gradient"] > 0 for entry in transformer.values() if "gradient" in entry)
