@@ -17,7 +17,7 @@ Statistics = dict[str, dict[str, float]]
 
 
 def measure_run(run: Run, plan: Plan, place: Place, steps: int) -> Statistics:
-    """Of the model of ``run`` after ``steps`` steps of its training (0: as it is drawn); by role the mean over layers."""
+    """Of the model of ``run`` after ``steps`` steps of its training (0: as drawn), by role the mean over layers."""
     from tokenformer.models.directory import load_model
     from tokenformer.models.registry import build_model
     from tokenformer.train.config import RunConfig
