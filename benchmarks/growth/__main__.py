@@ -92,10 +92,10 @@ def run_plan(arguments: argparse.Namespace) -> None:
 
 
 def print_table(arguments: argparse.Namespace) -> None:
-    from benchmarks.growth.figures import ranking, read_all
+    from benchmarks.growth.figures import growth_lines, ranking, read_all
 
-    for line in ranking(read_all(arguments.results)):
-        print(line)
+    results = read_all(arguments.results)
+    print("\n".join([*ranking(results), *growth_lines(results)]))
 
 
 def print_statistics(arguments: argparse.Namespace) -> None:

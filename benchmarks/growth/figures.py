@@ -56,6 +56,34 @@ def ranking(results: Sequence[Result]) -> list[str]:
     return lines
 
 
+def rise_after_growth(result: Result, steps: int = 200) -> float | None:
+    """The highest of the fixed validations in the first steps after growth, over the level before it; None where the
+    run was not watched."""
+    started = result.get("started")
+    if not started or not result["watch"] or not result.get("curve"):
+        return None
+    first = _first_step(result)
+    seen = [value for _, step, value in result["curve"] if step <= first + steps]
+    return max([started["level_after"], *seen]) / started["level_before"]
+
+
+def growth_lines(results: Iterable[Result]) -> list[str]:
+    """One line for each kind of watched growth: how far the loss moved at once, and in the first 200 steps."""
+    lines = []
+    for name, runs in by_name(r for r in results if rise_after_growth(r) is not None).items():
+        moved = max(run["started"]["relative_change"] for run in runs)
+        highest = max(rise_after_growth(run) or 0.0 for run in runs)
+        lines.append(
+            f"  {name}: loss moved by {moved:.2g} at once; highest in 200 steps {highest:.4f} of the level before"
+        )
+    return ["== growth", *lines] if lines else []
+
+
+def _first_step(result: Result) -> int:
+    """Steps before the growth."""
+    return int(result["curve"][-1][1]) - int(result["effective"]["steps"])
+
+
 def draw_all(results: Sequence[Result], out: Path) -> list[Path]:
     """One SVG for each group: its curves of loss against total FLOPs, and its sweep where a rate was varied."""
     out.mkdir(parents=True, exist_ok=True)

@@ -97,7 +97,9 @@ def test_a_finished_plan_is_not_done_again_and_a_changed_run_is(
 
 def test_table_and_figures(finished: tuple[Path, Path], tmp_path: Path) -> None:
     results = finished[1] / "results.jsonl"
-    assert "grown/moments=keep" in run_command("table", results)
+    table = run_command("table", results)
+    assert "grown/moments=keep" in table.split("== growth")[0]
+    assert "grown/moments=keep: loss moved by 0 at once" in table.split("== growth")[1]
     drawn = run_command("figures", results, "--out", tmp_path / "figures").splitlines()
     assert [Path(path).name for path in drawn] == ["runs-flops.svg", "runs-rates.svg"]
     assert all(Path(path).read_text("utf-8").rstrip().endswith("</svg>") for path in drawn)
