@@ -36,6 +36,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     data.add_argument("--test", type=Path, nargs="*", default=[])
     data.add_argument("--tokenizer", default="byte")
     data.set_defaults(command=prepare_data)
+    python = commands.add_parser(
+        "python", help="the Python source files under a directory to a data directory"
+    )
+    python.add_argument("source", type=Path)
+    python.add_argument("--out", type=Path, required=True)
+    python.add_argument("--megabytes", type=float, default=100)
+    python.add_argument("--tokenizer", default="byte")
+    python.set_defaults(command=prepare_python_data)
     run = commands.add_parser("run", help="do the runs of a plan that have no result yet")
     run.add_argument("plan", type=Path)
     run.add_argument("--data", type=Path, required=True)
@@ -71,6 +79,12 @@ def prepare_data(arguments: argparse.Namespace) -> None:
         validation=arguments.validation,
         test=arguments.test,
     )
+
+
+def prepare_python_data(arguments: argparse.Namespace) -> None:
+    from benchmarks.growth.python_source import prepare_python
+
+    prepare_python(arguments.source, arguments.out, arguments.megabytes, arguments.tokenizer)
 
 
 def run_plan(arguments: argparse.Namespace) -> None:

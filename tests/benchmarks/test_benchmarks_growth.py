@@ -135,3 +135,17 @@ def test_statistics_of_fresh_weights(finished: tuple[Path, Path], tmp_path: Path
     assert small["all"]["loss"] == pytest.approx(5.95, abs=0.3)  # ln 384
     assert transformer["proj"]["weight"] == pytest.approx((2 * 2 * 16) ** -0.5, rel=0.1)
     assert all(entry["gradient"] > 0 for entry in transformer.values() if "gradient" in entry)
+
+
+def test_python_source_is_split_by_file(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for number in range(300):
+        (source / f"module_{number}.py").write_text(f"value = {number}\n" * 30, "utf-8")
+    (source / "again.py").write_text("value = 7\n" * 30, "utf-8")
+    run_command("python", source, "--out", tmp_path / "data")
+    splits = json.loads((tmp_path / "data" / "dataset.json").read_text("utf-8"))["splits"]
+    counts = {name: split["documents"] for name, split in splits.items()}
+    assert sum(counts.values()) == 300  # a text that stands there twice counts once
+    assert counts["train"] > 250
+    assert min(counts["validation"], counts["test"]) >= 1
