@@ -85,7 +85,7 @@ def _first_step(result: Result) -> int:
 
 
 def draw_all(results: Sequence[Result], out: Path) -> list[Path]:
-    """One SVG for each group: its curves of loss against total FLOPs, and its sweep where a rate was varied."""
+    """For each group its curves of loss against total FLOPs, its ends, and its sweep where a rate was varied."""
     out.mkdir(parents=True, exist_ok=True)
     written = []
     for group in dict.fromkeys(result["group"] for result in results):
@@ -97,6 +97,8 @@ def draw_all(results: Sequence[Result], out: Path) -> list[Path]:
         )
         if len({_rate(result) for result in chosen}) > 2:
             written.append(_figure(out / f"{group}-rates.svg", lambda axes, r=chosen: draw_rates(axes, r)))
+        if len(by_name(chosen)) > 2:
+            written.append(_figure(out / f"{group}-ends.svg", lambda axes, r=chosen: draw_ends(axes, r)))
     return written
 
 
@@ -136,6 +138,16 @@ def draw_rates(axes: Axes, results: Sequence[Result]) -> None:
     axes.set_xlabel("learning rate")
     axes.set_ylabel("validation at the end (bits per byte)")
     axes.legend(frameon=False, fontsize=7)
+
+
+def draw_ends(axes: Axes, results: Sequence[Result]) -> None:
+    """Where each kind of run ended, a point for each seed, the best at the top."""
+    named = sorted(by_name(results).items(), key=lambda item: median(item[1]), reverse=True)
+    for height, (_, runs) in enumerate(named):
+        values = [run["val"] for run in runs if run.get("val") is not None]
+        axes.plot(values, [height] * len(values), "o", markersize=4, color=COLORS[0], alpha=0.7)
+    axes.set_yticks(range(len(named)), [name for name, _ in named], fontsize=7)
+    axes.set_xlabel("validation at the end (bits per byte)")
 
 
 def whole_curve(result: Result, everything: Sequence[Result]) -> list[list[float]]:

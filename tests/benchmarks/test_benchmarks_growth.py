@@ -101,7 +101,7 @@ def test_table_and_figures(finished: tuple[Path, Path], tmp_path: Path) -> None:
     assert "grown/moments=keep" in table.split("== growth")[0]
     assert "grown/moments=keep: loss moved by 0 at once" in table.split("== growth")[1]
     drawn = run_command("figures", results, "--out", tmp_path / "figures").splitlines()
-    assert [Path(path).name for path in drawn] == ["runs-flops.svg", "runs-rates.svg"]
+    assert [Path(path).name for path in drawn] == ["runs-flops.svg", "runs-rates.svg", "runs-ends.svg"]
     assert all(Path(path).read_text("utf-8").rstrip().endswith("</svg>") for path in drawn)
 
 
