@@ -105,13 +105,16 @@ def draw_all(results: Sequence[Result], out: Path) -> list[Path]:
 def draw_curves(axes: Axes, results: Sequence[Result], everything: Sequence[Result]) -> None:
     """Validation against total FLOPs, the median over seeds of each kind of run; a grown run's line begins with its
     parent's."""
-    for index, (name, runs) in enumerate(by_name(results).items()):
+    named = by_name(results)
+    sides = {name: runs[0]["side"] for name, runs in named.items()}
+    labels = sides if len(set(sides.values())) == len(sides) else {name: name for name in sides}
+    for index, (name, runs) in enumerate(named.items()):
         lines = [whole_curve(run, everything) for run in runs]
         shortest = min(len(line) for line in lines)
         flops = [point[0] for point in lines[0][:shortest]]
         values = [statistics.median(line[i][2] for line in lines) for i in range(shortest)]
         color = COLORS[index % len(COLORS)]
-        axes.plot(flops, values, color=color, label=f"{name} ({len(runs)})", linewidth=1.6)
+        axes.plot(flops, values, color=color, label=f"{labels[name]} ({len(runs)})", linewidth=1.6)
         for run in runs[:1]:
             for at in growth_points(run, everything):
                 axes.axvline(at, color=color, linestyle=":", linewidth=0.8)
