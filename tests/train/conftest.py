@@ -27,7 +27,7 @@ def data_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "data"
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_config(data_directory: Path) -> MakeConfig:
     """A run of a tiny TokenFormer; overrides as on the command line, or whole sections by keyword."""
 
@@ -59,7 +59,7 @@ def make_config(data_directory: Path) -> MakeConfig:
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def ladder(make_config: MakeConfig) -> RunConfig:
     """Two growth steps, the second after the optimiser's moments of the first have grown old."""
     return make_config(

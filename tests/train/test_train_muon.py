@@ -18,6 +18,8 @@ from tokenformer.errors import TokenFormerError
 from tokenformer.growth.grow import grow
 from tokenformer.models.registry import build_model
 from tokenformer.models.tokenformer.config import TokenFormerConfig
+from tokenformer.parallel.shard import whole_tensors
+from tokenformer.parallel.tensor import split_layers
 from tokenformer.train.checkpoint.contents import read_checkpoint
 from tokenformer.train.config import RunConfig
 from tokenformer.train.muon import Muon, lr_ratio, orthogonalize
@@ -80,7 +82,7 @@ def test_ratio_matches_the_size_of_an_adamw_update() -> None:
 
 
 def make_model() -> nn.Module:
-    sizes = {"qkv_param_tokens": 5, "proj_param_tokens": 7, "ffn_param_tokens": 9}
+    sizes = {"qkv_param_tokens": 6, "proj_param_tokens": 10, "ffn_param_tokens": 14}
     config = TokenFormerConfig(
         vocab_size=32, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, **sizes
     )
@@ -152,7 +154,7 @@ def test_moments_of_the_other_algorithm_start_afresh() -> None:
     assert set(kept) == {"embedding.weight", "norm.weight", "norm.bias"}
     assert all(torch.equal(kept[name]["exp_avg"], before[name]["exp_avg"]) for name in kept)
     take_steps(model, muon, 1)
-    with pytest.raises(TokenFormerError, match=r"momentum_buffer: found \(5, 8\), expected \(9, 8\)"):
+    with pytest.raises(TokenFormerError, match=r"momentum_buffer: found \(6, 8\), expected \(14, 8\)"):
         load_named_state(
             model,
             muon,
@@ -196,25 +198,28 @@ def test_muon_settings_belong_to_muon() -> None:
         OptimizerConfig(momentum=0.9)
 
 
-def _train_sharded(rank: int, folder: str) -> None:
+def _train_sharded(rank: int, ranks: int, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    mesh = init_device_mesh("cpu", (2,))
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=ranks)
+    mesh = init_device_mesh("cpu", (2, ranks // 2), mesh_dim_names=("shard", "tensor"))
     results = {"fsdp": _fsdp_steps(mesh)}
-    for name, placement in (("rows", Shard(0)), ("columns", Shard(1)), ("replicated", Replicate())):
-        results[name] = _distributed_steps(mesh, placement)
+    if ranks == 2:
+        for name, placement in (("rows", Shard(0)), ("columns", Shard(1)), ("replicated", Replicate())):
+            results[name] = _distributed_steps(mesh["shard"], placement)
     if rank == 0:
         torch.save(results, f"{folder}/results.pt")
     dist.destroy_process_group()
 
 
 def _fsdp_steps(mesh: DeviceMesh) -> list[Tensor]:
+    """Parameters after three steps; with two ranks along ``tensor`` the layers are split over them first."""
     model = make_model()
+    split_layers(model, mesh["tensor"])
     for block in model.blocks:  # type: ignore[union-attr]
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+        fully_shard(block, mesh=mesh["shard"])
+    fully_shard(model, mesh=mesh["shard"])
     take_steps(model, build_optimizer(model, OptimizerConfig(name="muon", lr=0.01)), 3)  # type: ignore[arg-type]
-    return [p.full_tensor().detach() for p in model.parameters()]  # type: ignore[attr-defined]
+    return list(whole_tensors(dict(model.named_parameters())).values())
 
 
 def _distributed_steps(mesh: DeviceMesh, placement: Placement) -> list[Tensor]:
@@ -228,13 +233,15 @@ def _distributed_steps(mesh: DeviceMesh, placement: Placement) -> list[Tensor]:
     return [p.full_tensor().detach() for p in parameters]  # type: ignore[attr-defined]
 
 
-def test_update_on_two_ranks_is_that_of_the_whole_matrix(tmp_path: Path) -> None:
-    mp.spawn(_train_sharded, args=(str(tmp_path),), nprocs=2)
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_update_of_sharded_matrices_is_that_of_the_whole(ranks: int, tmp_path: Path) -> None:
+    """FSDP2 over 2 ranks, alone or (4 ranks) with tensor parallelism 2; and other layouts over 2."""
+    mp.spawn(_train_sharded, args=(ranks, str(tmp_path)), nprocs=ranks)
     results = torch.load(tmp_path / "results.pt", weights_only=True)
     model = make_model()
     take_steps(model, build_optimizer(model, OptimizerConfig(name="muon", lr=0.01)), 3)  # type: ignore[arg-type]
     start = list(make_model().parameters())
-    for found, expected, before in zip(results["fsdp"], model.parameters(), start, strict=True):
+    for found, expected, before in zip(results.pop("fsdp"), model.parameters(), start, strict=True):
         torch.testing.assert_close(found, expected.detach(), rtol=1e-4, atol=1e-5)
         assert not torch.equal(before, expected)
     whole = [nn.Parameter(m) for m in matrices(0)]
@@ -243,6 +250,7 @@ def test_update_on_two_ranks_is_that_of_the_whole_matrix(tmp_path: Path) -> None
         for parameter, gradient in zip(whole, matrices(step + 1), strict=True):
             parameter.grad = gradient
         optimizer.step()
-    for name in ("rows", "columns", "replicated"):
-        for found, expected in zip(results[name], whole, strict=True):
+    assert len(results) == (3 if ranks == 2 else 0)
+    for other in results.values():
+        for found, expected in zip(other, whole, strict=True):
             torch.testing.assert_close(found, expected.detach(), rtol=1e-5, atol=1e-6)

@@ -5,21 +5,27 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 import yaml
+from train_on_ranks import bad_sample, nan_in_steps
 
 from tokenformer.models.directory import load_model
 from tokenformer.ops.pattention import NORM_ACTIVATIONS
+from tokenformer.train.checkpoint.contents import read_checkpoint
+from tokenformer.train.checkpoint.folder import list_checkpoints
 from tokenformer.train.config import RunConfig
 from tokenformer.train.metrics import read_metrics
 from tokenformer.train.run import train
+from tokenformer.train.state import read_state
 
 SCRIPT = Path(__file__).with_name("train_on_ranks.py")
 Torchrun = Callable[..., Any]
 MakeConfig = Callable[..., RunConfig]
+NAN_STEPS = [2, 5]
+BAD_SAMPLE = 30  # in step 8, since a step takes 4
 
 
 def layout(config: RunConfig, **parallel: Any) -> dict[str, Any]:
@@ -40,37 +46,73 @@ def run_jobs(torchrun: Torchrun, processes: int, folder: Path, jobs: list[dict[s
 
 
 def largest_difference(run: Path, reference: Path) -> float:
-    """Of a loss, gradient norm or validation loss, relative; counters and learning rates must be the same."""
+    """Of a loss, gradient norm or validation loss, relative; counters and learning rates must be the same, and so must
+    be what is not finite."""
     largest = 0.0
     for found, expected in zip(read_metrics(run), read_metrics(reference), strict=True):
-        same = {"step", "stage", "tokens", "flops", "lr", "parameters"} & expected.keys()
+        same = {"step", "stage", "tokens", "flops", "lr", "parameters", "skipped_steps"} & expected.keys()
         assert {name: found[name] for name in same} == {name: expected[name] for name in same}
         measured = {"loss", "grad_norm", "val_loss", "val_bits_per_byte"} & expected.keys()
+        assert all((found[name] is None) == (expected[name] is None) for name in measured)
         for name in measured:
-            largest = max(largest, abs(found[name] - expected[name]) / max(abs(expected[name]), 1e-12))
+            if (value := expected[name]) is not None:
+                largest = max(largest, abs(found[name] - value) / max(abs(value), 1e-12))
     return largest
 
 
-def test_two_ranks_train_as_one(
-    ladder: RunConfig, make_config: MakeConfig, torchrun: Torchrun, tmp_path: Path
-) -> None:
+@pytest.fixture(scope="module")
+def configs(ladder: RunConfig, make_config: MakeConfig) -> dict[str, RunConfig]:
+    """What :func:`on_two_ranks` trains: a ladder whose steps do not divide evenly; short runs for what goes wrong."""
     values = layout(ladder)
     values["data"] |= {"batch_tokens": 112, "micro_batch_size": 2}  # 7 sequences: shares of 3 and 4
     values["logging"]["every_steps"] = 1
-    config = RunConfig.model_validate(values)
-    reference = train(config, tmp_path / "one", quiet=True)
-    stopped = str(tmp_path / "stopped")
-    jobs: list[dict[str, Any]] = [
-        {"out": str(tmp_path / "sharded"), "config": layout(config, shard=2)},
-        {"out": stopped, "config": layout(config, replicate=2), "stop_after": 3},
-        {"out": stopped, "config": layout(config, tensor=2)},
-        {"out": str(tmp_path / "refused"), "config": layout(config, tensor=2, replicate=2)},
-    ]
-    outcomes = run_jobs(torchrun, 2, tmp_path / "jobs", jobs)
+    short = ("logging.every_steps=1", "optimizer.lr=6e-4", "steps=9")
+    spike = "stability.spike={window: 4, sigma: 4, min_rise: 0.5}"
+    return {
+        "ladder": RunConfig.model_validate(values),
+        "short": make_config(*short, "stability.max_nonfinite_steps=3"),
+        "spike": make_config(*short, spike, "checkpoint.every_steps=4"),
+    }
 
+
+class TwoRanks(NamedTuple):
+    """``outcomes`` of the jobs on both ranks, in order; the runs are in ``folder``."""
+
+    outcomes: list[list[Any]]
+    folder: Path
+
+
+@pytest.fixture(scope="module")
+def on_two_ranks(
+    configs: dict[str, RunConfig], torchrun: Torchrun, tmp_path_factory: pytest.TempPathFactory
+) -> TwoRanks:
+    """All trainings of two ranks that the tests below look at, in one launch."""
+    ladder, short, spike = configs["ladder"], configs["short"], configs["spike"]
+    replicated = {"replicate": 2, "shard": 1}
+    jobs: list[tuple[str, dict[str, Any]]] = [
+        ("sharded", {"config": layout(ladder, shard=2)}),
+        ("stopped", {"config": layout(ladder, replicate=2), "stop_after": 3}),
+        ("stopped", {"config": layout(ladder, tensor=2), "in_parts": True}),
+        ("refused", {"config": layout(ladder, tensor=2, replicate=2)}),
+        ("nan sharded", {"config": layout(short, shard=2), "nan_steps": NAN_STEPS}),
+        ("nan replicated", {"config": layout(short, **replicated), "nan_steps": NAN_STEPS}),
+        ("nan split", {"config": layout(short, tensor=2), "nan_steps": NAN_STEPS}),
+        ("hopeless", {"config": layout(short, shard=2), "nan_steps": [2, 3, 4, 5]}),
+        ("rolled back", {"config": layout(spike, shard=2), "bad_sample": BAD_SAMPLE}),
+    ]
+    folder = tmp_path_factory.mktemp("ranks")
+    outcomes = run_jobs(torchrun, 2, folder, [{"out": str(folder / name), **job} for name, job in jobs])
+    return TwoRanks(outcomes, folder)
+
+
+def test_two_ranks_train_as_one(
+    configs: dict[str, RunConfig], on_two_ranks: TwoRanks, tmp_path: Path
+) -> None:
+    outcomes, folder = on_two_ranks
+    reference = train(configs["ladder"], tmp_path / "one", quiet=True)
     for name in ("sharded", "stopped"):
-        assert largest_difference(tmp_path / name, reference.out) < 1e-5, name
-        found, expected = load_model(tmp_path / name / "model"), load_model(reference.model)
+        assert largest_difference(folder / name, reference.out) < 1e-5, name
+        found, expected = load_model(folder / name / "model"), load_model(reference.model)
         # where a gradient is nearly zero, Adam makes steps of the learning rate (1e-2) of mere rounding
         torch.testing.assert_close(found.state_dict(), expected.state_dict(), rtol=1e-3, atol=1e-3)
     assert outcomes[0] == [[], []]
@@ -80,7 +122,46 @@ def test_two_ranks_train_as_one(
     assert {kind for kind, _ in outcomes[3]} == {"TokenFormerError", "ToldElsewhere"}
     message = "parallel: replicate 2 x tensor 2 does not divide the 2 processes that were launched"
     assert [words for _, words in outcomes[3]] == [message] * 2
-    assert not (tmp_path / "refused").exists()
+    assert not (folder / "refused").exists()
+
+
+def test_loss_that_is_no_number_on_one_rank(
+    configs: dict[str, RunConfig], on_two_ranks: TwoRanks, tmp_path: Path
+) -> None:
+    """The update is left out on both, moments too, as by one process; too many in a row end both, with advice."""
+    outcomes, folder = on_two_ranks
+    with nan_in_steps(NAN_STEPS):
+        alone = train(configs["short"], tmp_path / "one", quiet=True)
+    expected = read_checkpoint(alone.checkpoint)
+    for name in ("nan sharded", "nan replicated", "nan split"):
+        assert largest_difference(folder / name, alone.out) < 1e-5, name
+        found = read_checkpoint(list_checkpoints(folder / name)[-1])
+        assert found.state.skipped_steps == 2
+        assert {float(entry["step"]) for entry in found.moments.values()} == {7.0}  # of 9 updates
+        torch.testing.assert_close(
+            found.model.state_dict(), expected.model.state_dict(), rtol=1e-3, atol=1e-4
+        )
+    assert outcomes[4:7] == [[[], []]] * 3
+    assert {kind for kind, _ in outcomes[7]} == {"TokenFormerError", "ToldElsewhere"}
+    for _, words in outcomes[7]:
+        assert "step 5: loss or gradient was not finite for 3 steps in a row" in words
+        assert "lower optimizer.lr" in words
+
+
+def test_spike_sends_all_ranks_back(
+    configs: dict[str, RunConfig], on_two_ranks: TwoRanks, tmp_path: Path
+) -> None:
+    outcomes, folder = on_two_ranks
+    with bad_sample(configs["spike"], BAD_SAMPLE):
+        alone = train(configs["spike"], tmp_path / "one", quiet=True)
+    assert outcomes[8] == [[], []]
+    found, expected = read_state(list_checkpoints(folder / "rolled back")[-1]), alone.state
+    (one,), (other,) = found.rollbacks, expected.rollbacks
+    assert (one.step, one.from_step, one.from_sample, one.to_sample) == (8, 4, 16, 32)
+    assert one.model_dump(exclude={"loss", "limit"}) == other.model_dump(exclude={"loss", "limit"})
+    assert (found.step, found.tokens, found.next_sample) == (9, 9 * 64, 9 * 4 + 16)
+    assert (expected.step, expected.tokens, expected.next_sample) == (9, 9 * 64, 9 * 4 + 16)
+    assert largest_difference(folder / "rolled back", alone.out) < 1e-5
 
 
 @pytest.mark.slow

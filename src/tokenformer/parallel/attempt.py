@@ -38,12 +38,16 @@ def _gather(store: dist.Store, place: str, world_size: int, timeout: timedelta) 
     deadline = time.monotonic() + timeout.total_seconds()
     missing = set(range(1, world_size))
     while missing:
-        for rank in missing:
+        for rank in sorted(missing):
+            if not store.check([f"greeting/{rank}"]):
+                continue
+            name = store.get(f"greeting/{rank}").decode()  # of this attempt, or of one that is over
             if store.check(
-                [f"greeting/{rank}"]
-            ):  # of this attempt, or of one that is over: both are answered
-                store.set(f"answer/{store.get(f'greeting/{rank}').decode()}", place)
-        missing = {rank for rank in missing if not store.check([f"{place}/here/{rank}"])}
+                [f"{place}/here/{rank}"]
+            ):  # asked after the name, which may be of the next attempt
+                missing.discard(rank)
+            else:
+                store.set(f"answer/{name}", place)
         if missing and time.monotonic() > deadline:
             raise RuntimeError(f"ranks {sorted(missing)} did not come within {timeout.total_seconds():.0f} s")
         if missing:

@@ -13,18 +13,18 @@ from tokenformer.adapters.apply import adapter_parameters
 from tokenformer.models.base import LanguageModel
 from tokenformer.progress import progress_bar
 from tokenformer.train.announce import interruption
-from tokenformer.train.checkpoint.contents import TrainingCheckpoint
+from tokenformer.train.checkpoint.contents import TrainingCheckpoint, read_checkpoint
 from tokenformer.train.checkpoint.rng import restore_rng, rng_state
 from tokenformer.train.checkpoint.writer import CheckpointWriter, writes_in_background
 from tokenformer.train.config import StageConfig
 from tokenformer.train.context import RunContext
 from tokenformer.train.loop import StageLoop
 from tokenformer.train.metrics import MetricsLog
-from tokenformer.train.optimizer import Moments, load_named_state, named_state
+from tokenformer.train.optimizer import load_named_state, named_state
 from tokenformer.train.placement import Placement
 from tokenformer.train.rung import grow_for_stage
 from tokenformer.train.spikes import passed_over
-from tokenformer.train.start import RunStart
+from tokenformer.train.start import Learned
 from tokenformer.train.state import TrainingState
 from tokenformer.train.step import TrainStep
 
@@ -44,8 +44,8 @@ class Climb:
             plan.out, plan.device, background=background, ranks=run.ranks, say=run.say
         )
 
-    def train(self, start: RunStart, metrics: MetricsLog) -> TrainingState:
-        """Train from ``start`` to the end of the last stage; everything is written by then.
+    def train(self, learned: Learned, metrics: MetricsLog) -> TrainingState:
+        """Train from ``learned`` to the end of the last stage; everything is written by then.
 
         Raises:
             RunInterrupted: the run was asked to end, and is saved.
@@ -54,21 +54,21 @@ class Climb:
         """
         plan = self._run.plan
         torch.manual_seed(plan.config.seed)
-        restore_rng(start.rng, plan.device)
-        model, moments, state = start.model, start.moments, start.state
-        for index in range(state.stage, len(plan.stages)):
-            state = self.enter(index, state)
-            if state.stage_step == plan.stages[index].steps:
+        restore_rng(learned.rng, plan.device)
+        for index in range(learned.state.stage, len(plan.stages)):
+            learned.state = self.enter(index, learned.state)
+            if learned.state.stage_step == plan.stages[index].steps:
                 continue
-            model, moments, state = self._run_stage(index, model, moments, state, metrics)
+            self._prepare(index, learned, metrics)
+            self._run_stage(index, learned, metrics)
             if self._run.request.signal_number is not None:
                 self.writer.finish()
                 # a launcher may end all ranks as soon as one has left
                 self._run.ranks.first(lambda: None)
-                raise interruption(self._run, state)
+                raise interruption(self._run, learned.state)
         self.writer.finish()
         self._run.say(f"{self._run.exported.name}: {self._run.exported}")
-        return state
+        return learned.state
 
     def enter(self, index: int, state: TrainingState) -> TrainingState:
         """``state`` as stage ``index`` sees it; another data order begins at its first sample."""
@@ -79,23 +79,36 @@ class Climb:
         changed = {"stage": index, "stage_step": 0, "next_sample": state.next_sample if same else 0}
         return passed_over(state.model_copy(update=changed))
 
-    def _run_stage(
-        self, index: int, model: LanguageModel, moments: Moments, state: TrainingState, metrics: MetricsLog
-    ) -> tuple[LanguageModel, Moments, TrainingState]:
-        run, plan = self._run, self._run.plan
+    def _prepare(self, index: int, learned: Learned, metrics: MetricsLog) -> None:
+        """Make the model and the moments those that stage ``index`` begins with, placed."""
+        plan, state = self._run.plan, learned.state
         stage, task = plan.stages[index], plan.tasks[index]
-        if stage.grow is not None and state.stage_step == 0:
-            rung = grow_for_stage(model, moments, stage, task, state, plan.config.seed, self._placement)
-            run.say(f"{stage.name}: {rung.describe()}")
+        grows = stage.grow is not None and state.stage_step == 0
+        if learned.unread is not None:
+            if grows:
+                whole = read_checkpoint(learned.unread, verify=False)
+                learned.model, learned.moments = whole.model, whole.moments
+            else:
+                learned.model, learned.moments = self._placement.read(learned.unread, learned.model, stage)
+            learned.unread = None
+        elif not grows:
+            model, learned.moments = self._placement.gather(learned.model, learned.moments)
+            learned.model = self._placement.place(model, stage)
+        if grows:
+            rung = grow_for_stage(
+                learned.model, learned.moments, stage, task, state, plan.config.seed, self._placement
+            )
+            self._run.say(f"{stage.name}: {rung.describe()}")
             metrics.write(state, {"parameters": rung.parameters, "logit_change": rung.logit_change})
-            model, moments = rung.model, rung.moments
-        else:
-            model, moments = self._placement.gather(model, moments)
-            model = self._placement.place(model, stage)
-        adapter = plan.adapter
+            learned.model, learned.moments = rung.model, rung.moments
+
+    def _run_stage(self, index: int, learned: Learned, metrics: MetricsLog) -> None:
+        run, plan, state = self._run, self._run.plan, learned.state
+        stage, task, model, adapter = plan.stages[index], plan.tasks[index], learned.model, plan.adapter
         trained = adapter_parameters(model, adapter.base) if adapter is not None else None
         step = TrainStep(model, task, stage, plan.device, state, run.world, trained)
-        load_named_state(model, step.optimizer, moments)
+        load_named_state(model, step.optimizer, learned.moments)
+        learned.moments = {}  # the optimiser has copies
         loop = StageLoop(
             step,
             stage,
@@ -110,8 +123,8 @@ class Climb:
         total, done = map(stage.data.tokens_before, (stage.steps, state.stage_step))
         shown = nullcontext() if run.quiet else progress_bar(stage.name, total, "tokens", done=done)
         with shown as bar:
-            state = loop.run(bar)
-        return model, named_state(model, step.optimizer), state
+            learned.state = loop.run(bar)
+        learned.moments = named_state(model, step.optimizer)
 
     def _poll(self, data_failed: bool) -> None:
         if self._run.request.poll(trouble=self.writer.failed, data_failed=data_failed):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from tokenformer.train.context import RunContext
 from tokenformer.train.metrics import METRICS_FILE, MetricsLog, latest_values, read_metrics
 from tokenformer.train.plan import check_optimizers
 from tokenformer.train.spikes import LossSpike, after_journal, rolled_back, write_journal
-from tokenformer.train.start import RunStart, begin, go_on
+from tokenformer.train.start import Learned, begin, go_on
 from tokenformer.train.state import Rollback, TrainingState
 from tokenformer.train.wandb_run import require_wandb
 
@@ -77,24 +76,25 @@ class Execution:
             start = self._go_back(rollback)
             after = start.state
 
-    def _start(self, checkpoint: Path | None) -> RunStart:
+    def _start(self, checkpoint: Path | None) -> Learned:
         start = begin(self._plan.config) if checkpoint is None else go_on(checkpoint)
-        return replace(start, state=after_journal(self._plan.out, start.state))
+        start.state = after_journal(self._plan.out, start.state)
+        return start
 
-    def _go_back(self, rollback: Rollback) -> RunStart:
+    def _go_back(self, rollback: Rollback) -> Learned:
         """The newest checkpoint (or the beginning), past the data of a spike; the journal tells a later process so."""
         self._climb.writer.wait()
         checkpoint = self._run.ranks.first(partial(find_newest_whole, self._plan.out)).path
         start = self._start(checkpoint)
         begins = self._climb.enter(rollback.stage, start.state).next_sample
         rollback = rollback.model_copy(update={"from_step": start.state.step, "from_sample": begins})
-        state = rolled_back(start.state, rollback)
+        start.state = state = rolled_back(start.state, rollback)
         self._run.ranks.first(partial(write_journal, self._plan.out, state))
         self._run.say(
             f"loss {rollback.loss:.4g} at step {rollback.step} is a spike (limit {rollback.limit:.4g}): back to step "
             f"{state.step}, {rollback.to_sample - rollback.from_sample} samples are left out"
         )
-        return replace(start, state=state)
+        return start
 
     def _note_rollback(self, state: TrainingState, metrics: MetricsLog) -> None:
         if state.rollbacks and metrics.latest.get("rollbacks") != len(state.rollbacks):

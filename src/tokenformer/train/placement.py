@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch.distributed.tensor import DTensor
 
@@ -10,6 +12,7 @@ from tokenformer.parallel.shard import shard_blocks, whole_model, whole_tensors
 from tokenformer.parallel.tensor import split_layers
 from tokenformer.parallel.world import World
 from tokenformer.train.activation_checkpointing import apply_activation_checkpointing
+from tokenformer.train.checkpoint.contents import load_model_into, load_moments, read_checkpoint
 from tokenformer.train.config import StageConfig
 from tokenformer.train.device import compute_dtype, wants_compile
 from tokenformer.train.optimizer import Moments
@@ -24,7 +27,8 @@ class Placement:
         self._reshard_after_forward = reshard_after_forward
 
     def place(self, model: LanguageModel, stage: StageConfig) -> LanguageModel:
-        """``model`` (whole, the same on all ranks) ready to be trained in ``stage``; it is changed in place."""
+        """``model`` (whole, the same on all ranks) ready to be trained in ``stage``; it is changed in place. An outline
+        on the meta device comes out without defined values, to be filled."""
         mesh = self.world.mesh
         if mesh is not None:
             split_layers(model, mesh["tensor"])
@@ -39,13 +43,30 @@ class Placement:
         if mesh is not None:
             dtype = compute_dtype(stage.precision, self.device)
             shard_blocks(model, mesh, compute_dtype=dtype, reshard_after_forward=self._reshard_after_forward)
-        return model.to(self.device).train()
+        is_outline = any(parameter.is_meta for parameter in model.parameters())
+        placed = model.to_empty(device=self.device) if is_outline else model.to(self.device)
+        return placed.train()
 
     def placed(self, model: LanguageModel, stage: StageConfig) -> LanguageModel:
         """``model`` as it is where it is placed already, else as from :meth:`place`."""
         if self.world.mesh is None:
             return model.to(self.device)
         return model if _is_spread(model) else self.place(model, stage)
+
+    def read(
+        self, checkpoint: Path, outline: LanguageModel, stage: StageConfig
+    ) -> tuple[LanguageModel, Moments]:
+        """Model and moments of ``checkpoint``, placed: where they are spread, each rank reads its own part alone.
+
+        Raises:
+            TokenFormerError: missing or damaged files.
+        """
+        if self.world.mesh is None:
+            whole = read_checkpoint(checkpoint, verify=False)
+            return self.place(whole.model, stage), whole.moments
+        model = self.place(outline, stage)
+        load_model_into(checkpoint, model)
+        return model, load_moments(checkpoint, model)
 
     def gather(self, model: LanguageModel, moments: Moments) -> tuple[LanguageModel, Moments]:
         """The model and its optimiser's moments whole: as they are where they are not spread, else copies on the CPU

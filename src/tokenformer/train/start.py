@@ -20,23 +20,31 @@ from tokenformer.models.directory import load_model
 from tokenformer.models.paths import resolve_model_directory
 from tokenformer.models.registry import build_model, load_config
 from tokenformer.train.adapter import AdapterRun, find_adapter_run, start_adapter
-from tokenformer.train.checkpoint.contents import TrainingCheckpoint, read_checkpoint, read_run_config
+from tokenformer.train.checkpoint.contents import (
+    TrainingCheckpoint,
+    read_checkpoint,
+    read_outline,
+    read_rng,
+    read_run_config,
+)
 from tokenformer.train.checkpoint.folder import WholeCheckpoint, find_newest_whole
 from tokenformer.train.compare import require_same_run
 from tokenformer.train.config import CONFIG_FILE, RunConfig, parse_run_config
 from tokenformer.train.lock import is_in_use
 from tokenformer.train.optimizer import Moments
-from tokenformer.train.state import TrainingState, is_checkpoint
+from tokenformer.train.state import TrainingState, is_checkpoint, read_state
 
 
 @dataclass
-class RunStart:
-    """A model on the CPU with the moments and counters it goes on from."""
+class Learned:
+    """What a run has learned so far; it changes as the run goes on. With ``unread``, a checkpoint, the model is an
+    outline on the meta device: weights and moments are still to be read from there."""
 
     model: LanguageModel
     moments: Moments = field(default_factory=dict)
     state: TrainingState = field(default_factory=TrainingState)
     rng: Mapping[str, Tensor] = field(default_factory=dict)
+    unread: Path | None = None
 
 
 def find_resume_point(out: Path, config: RunConfig, *, resume: bool) -> WholeCheckpoint:
@@ -99,36 +107,35 @@ def initial_tokenizer(config: RunConfig) -> Tokenizer | None:
     return load_tokenizer(source) if (source / "tokenizer.json").is_file() else None
 
 
-def begin(config: RunConfig) -> RunStart:
+def begin(config: RunConfig) -> Learned:
     """The start of a new run. From a checkpoint, moments and counters carry on, the position in the data too where
     it is the same data in the same order; stages are counted anew. From a model directory only the weights come."""
     state = TrainingState(seed=config.seed, data_seed=config.data.seed)
     if config.model is not None:
-        return RunStart(build_model(config.model, seed=config.seed), state=state)
+        return Learned(build_model(config.model, seed=config.seed), state=state)
     source = _source(config)
     if not is_checkpoint(source):
         model = load_model(source, dtype=torch.float32)
         for parameter in model.parameters():  # mapped from the file: a copy of its own, aligned as any other
             parameter.data = parameter.data.clone()
-        return RunStart(model if config.adapter is None else start_adapter(model, config), state=state)
+        return Learned(model if config.adapter is None else start_adapter(model, config), state=state)
     checkpoint = read_checkpoint(source)
     changed = {"stage": 0, "stage_step": 0, "seed": config.seed, "data_seed": config.data.seed}
     changed |= {"window_nats": 0, "window_targets": 0}
     if not _same_stream(checkpoint, config, source):
         changed["next_sample"] = 0
-    return RunStart(
+    return Learned(
         checkpoint.model, checkpoint.moments, checkpoint.state.model_copy(update=changed), checkpoint.rng
     )
 
 
-def go_on(path: Path) -> RunStart:
-    """The start of a resumed run, from its checkpoint ``path``, which was found to be whole.
+def go_on(path: Path) -> Learned:
+    """The start of a resumed run, from its checkpoint ``path``, which was found to be whole; it is left ``unread``.
 
     Raises:
         TokenFormerError: tensors that are not its model's.
     """
-    checkpoint = read_checkpoint(path, verify=False)
-    return RunStart(checkpoint.model, checkpoint.moments, checkpoint.state, checkpoint.rng)
+    return Learned(read_outline(path), state=read_state(path), rng=read_rng(path), unread=path)
 
 
 def require_same_model(found: DecoderConfig, expected: DecoderConfig, path: Path) -> None:

@@ -20,7 +20,8 @@ from tokenformer.files import new_directory, read_json, read_text, write_json, w
 from tokenformer.language.tokenizers import Tokenizer, load_tokenizer
 from tokenformer.models.base import LanguageModel
 from tokenformer.models.config import DecoderConfig
-from tokenformer.models.registry import load_config, model_class
+from tokenformer.models.empty import empty_model
+from tokenformer.models.registry import load_config
 from tokenformer.train.checkpoint.manifest import FileRecord, describe_files, require_whole, write_manifest
 from tokenformer.train.checkpoint.ranks import Ranks
 from tokenformer.train.checkpoint.tensors import load_into, load_tensors, save_tensors, stored_shapes
@@ -128,8 +129,7 @@ def read_checkpoint(directory: Path | str, *, verify: bool = True) -> TrainingCh
     require_checkpoint(directory)
     if verify:
         require_whole(directory)
-    model = _model_without_weights(directory)
-    _require_names(directory, model)
+    model = read_outline(directory)
     tensors = load_tensors(directory / _TENSORS)
     weights = {name.removeprefix(_MODEL): t for name, t in tensors.items() if name.startswith(_MODEL)}
     model.load_state_dict(weights, strict=True, assign=True)
@@ -151,10 +151,20 @@ def read_model(directory: Path | str) -> LanguageModel:
     """
     directory = Path(directory)
     require_checkpoint(directory)
-    model = _model_without_weights(directory)
-    _require_names(directory, model)
+    model = read_outline(directory)
     weights = load_tensors(directory / _TENSORS, _MODEL)
     model.load_state_dict({name.removeprefix(_MODEL): t for name, t in weights.items()}, assign=True)
+    return model
+
+
+def read_outline(directory: Path) -> LanguageModel:
+    """The model of a checkpoint on the meta device: names and shapes, found to be those of the tensors that are stored.
+
+    Raises:
+        TokenFormerError: missing or damaged metadata, tensors that are not this model's.
+    """
+    model = empty_model(load_config(directory))
+    _require_names(directory, model)
     return model
 
 
@@ -239,13 +249,6 @@ def _write_small_files(scratch: Path, contents: CheckpointContents) -> None:
         contents.tokenizer.save(scratch)
     if contents.run_config is not None:
         write_text(scratch / _RUN_CONFIG, contents.run_config)
-
-
-def _model_without_weights(directory: Path) -> LanguageModel:
-    config = load_config(directory)
-    with torch.device("meta"):
-        model: LanguageModel = model_class(config.architecture)(config)
-    return model
 
 
 def _require_names(directory: Path, model: LanguageModel) -> None:
