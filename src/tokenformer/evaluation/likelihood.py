@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,6 +14,9 @@ from tokenformer.models.base import LanguageModel
 
 _SCORED_LOGITS = 32 * 1024 * 1024
 """Logits held at a time."""
+
+_BATCHES_AHEAD = 2
+"""Batches that a GPU may have before it while the answers of an earlier one are awaited."""
 
 
 class Continuation(NamedTuple):
@@ -60,13 +65,23 @@ def log_likelihoods(
         rows.setdefault(_row(request, max_length), []).append(number)
     answers: list[Likelihood | None] = [None] * len(requests)
     device = next(model.parameters()).device
+    running: deque[_Running] = deque()
+
+    def take_oldest() -> None:
+        numbers, found = running.popleft()
+        for number, answer in zip(numbers, found.fetch(), strict=True):
+            answers[number] = answer
+        on_done(len(numbers))
+
     with torch.inference_mode():
         for batch in _batches(sorted(rows, key=len, reverse=True), batch_tokens, batch_size):
             answered = [(place, number) for place, row in enumerate(batch) for number in rows[row]]
             scored = [(place, requests[number].tokens) for place, number in answered]
-            for (_, number), answer in zip(answered, _score(model, batch, scored, device), strict=True):
-                answers[number] = answer
-            on_done(len(answered))
+            running.append(([number for _, number in answered], _score(model, batch, scored, device)))
+            if len(running) > _BATCHES_AHEAD:
+                take_oldest()
+        while running:
+            take_oldest()
     return [answer for answer in answers if answer is not None]
 
 
@@ -91,35 +106,61 @@ def _batches(
         start += count
 
 
+class _Scored(NamedTuple):
+    """Log-probability (float64) and whether it is the likeliest, of every scored token of a batch, [p] each, where they
+    were computed; and how many tokens each answer has."""
+
+    nats: Tensor
+    greedy: Tensor
+    lengths: list[int]
+
+    def fetch(self) -> list[Likelihood]:
+        """The answers, once they are there."""
+        nats, greedy = self.nats.cpu().split(self.lengths), self.greedy.cpu().split(self.lengths)
+        return [
+            Likelihood(sums.sum().item(), bool(hits.all())) for sums, hits in zip(nats, greedy, strict=True)
+        ]
+
+
+_Running = tuple[list[int], _Scored]
+
+
 def _score(
     model: LanguageModel,
     batch: Sequence[tuple[int, ...]],
     scored: Sequence[tuple[int, Sequence[int]]],
     device: torch.device,
-) -> Iterator[Likelihood]:
-    """The answer for each (row of ``batch``, tokens that end after it)."""
+) -> _Scored:
+    """The answer for each (row of ``batch``, tokens that end after it); nothing here waits for a GPU."""
     longest = len(batch[0])
-    tokens = torch.tensor([[*row, *[0] * (longest - len(row))] for row in batch], device=device)  # [b, t]
-    hidden = model.hidden(tokens).flatten(0, 1)  # [b t, d]
+    rows = np.zeros((len(batch), longest), dtype=np.int64)
+    for place, row in enumerate(batch):
+        rows[place, : len(row)] = row
     lengths = [len(continuation) for _, continuation in scored]
-    places = [
-        place * longest + len(batch[place]) - length + offset
-        for (place, _), length in zip(scored, lengths, strict=True)
-        for offset in range(length)
-    ]
-    targets = torch.tensor([token for _, continuation in scored for token in continuation], device=device)
-    nats, greedy = _score_positions(model, hidden[torch.tensor(places, device=device)], targets)
-    for sums, hits in zip(nats.split(lengths), greedy.split(lengths), strict=True):
-        yield Likelihood(sums.sum().item(), bool(hits.all()))
+    places = np.concatenate(
+        [
+            np.arange(len(batch[place]) - length, len(batch[place])) + place * longest
+            for (place, _), length in zip(scored, lengths, strict=True)
+        ]
+    )
+    targets = np.concatenate([np.asarray(continuation, dtype=np.int64) for _, continuation in scored])
+    hidden = model.hidden(_on(device, rows)).flatten(0, 1)  # [b, t] -> [b t, d]
+    nats, greedy = _score_positions(model, hidden[_on(device, places)], _on(device, targets))
+    return _Scored(nats, greedy, lengths)
+
+
+def _on(device: torch.device, numbers: np.ndarray) -> Tensor:
+    tensor = torch.from_numpy(numbers)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _score_positions(model: LanguageModel, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probability (float64) of each target [p] after its hidden state [p, d], and whether it is the likeliest."""
+    """Log-probability of each target [p] after its hidden state [p, d], and whether it is the likeliest."""
     chunk = max(1, _SCORED_LOGITS // model.config.vocab_size)
     nats, greedy = [], []
     for rows, wanted in zip(hidden.split(chunk), targets.split(chunk), strict=True):
         logits = model.head(rows).float()  # [p, v]
         chosen = logits.gather(1, wanted[:, None])[:, 0]
-        nats.append((chosen - logits.logsumexp(-1)).double().cpu())
-        greedy.append((logits.argmax(-1) == wanted).cpu())
+        nats.append((chosen - logits.logsumexp(-1)).double())
+        greedy.append(logits.argmax(-1) == wanted)
     return torch.cat(nats), torch.cat(greedy)

@@ -71,19 +71,18 @@ class Tokenizer:
         Raises:
             TokenFormerError: ``text`` holds half a surrogate pair, which has no UTF-8.
         """
-        if allow_special:
-            _utf8(text)
-            ids: list[int] = self._special_backend.encode(text, add_special_tokens=False).ids
-            return ids
-        return [int(id) for id in self.encode_batch([text])[0]]
+        return [int(id) for id in self.encode_batch([text], allow_special=allow_special)[0]]
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+    def encode_batch(self, texts: Sequence[str], *, allow_special: bool = False) -> list[np.ndarray]:
         """Ids of each text as an integer array [t]; faster than one by one."""
         for text in texts:
             _utf8(text)
+        backend = self._special_backend if allow_special else self._backend
         found: list[list[np.ndarray]] = [[np.empty(0, np.int64)] for _ in texts]
-        for group in groups(self._pieces(texts), _ENCODED_CHARACTERS):
-            encodings = self._backend.encode_batch_fast([text for _, text in group], add_special_tokens=False)
+        # a piece could end within a special token
+        numbered = enumerate(texts) if allow_special else self._pieces(texts)
+        for group in groups(numbered, _ENCODED_CHARACTERS):
+            encodings = backend.encode_batch_fast([text for _, text in group], add_special_tokens=False)
             for (number, _), encoding in zip(group, encodings, strict=True):
                 found[number].append(np.array(encoding.ids, dtype=np.int64))
         return [np.concatenate(arrays) for arrays in found]
@@ -171,7 +170,9 @@ class ByteTokenizer(Tokenizer):
         super().__init__(byte_tokenizer_definition())
         assert self.eos_token_id == BYTE_END_ID
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+    def encode_batch(self, texts: Sequence[str], *, allow_special: bool = False) -> list[np.ndarray]:
+        if allow_special:
+            return super().encode_batch(texts, allow_special=True)
         return [np.frombuffer(_utf8(text), dtype=np.uint8) for text in texts]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from itertools import groupby
@@ -19,6 +18,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from tokenformer.adapters.apply import load_with_adapters
 from tokenformer.errors import TokenFormerError
+from tokenformer.evaluation.harness.encoding import encode_pairs
 from tokenformer.evaluation.harness.stopping import generate_until_stopped
 from tokenformer.evaluation.likelihood import Continuation, Likelihood, log_likelihoods
 from tokenformer.generation.config import SamplingConfig
@@ -27,7 +27,7 @@ from tokenformer.models.paths import resolve_model_directory
 from tokenformer.progress import progress_bar
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_BATCH_TOKENS = {"cpu": 4096, "cuda": 131072}
+_BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
 _NEW_TOKENS = 256  # the harness's own default
 
 
@@ -105,7 +105,11 @@ class TokenFormerLM(TemplateLM):
         return self.text_tokenizer.encode(string, allow_special=True)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        return super().loglikelihood(requests, disable_tqdm=disable_tqdm or not sys.stderr.isatty())
+        """As :class:`~lm_eval.api.model.TemplateLM` has it, with all texts encoded together."""
+        pairs = [request.args for request in requests]
+        encoded = encode_pairs(self.text_tokenizer, pairs, prefix_token=self.prefix_token_id)
+        asked = [(pair, *tokens) for pair, tokens in zip(pairs, encoded, strict=True)]
+        return self._loglikelihood_tokens(asked, disable_tqdm=disable_tqdm)
 
     def _loglikelihood_tokens(
         self,
