@@ -113,7 +113,7 @@ class TokenFormerLM(TemplateLM):
 
     def _loglikelihood_tokens(
         self,
-        requests: list[tuple[Any, list[int], list[int]]],
+        requests: Sequence[tuple[Any, Sequence[int], Sequence[int]]],
         disable_tqdm: bool = False,
         **_ignored: Any,
     ) -> list[tuple[float, bool]]:
