@@ -12,9 +12,11 @@ import torch
 
 pytest.importorskip("lm_eval")
 from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
 from lm_eval.models.huggingface import HFLM
 
 from tokenformer.errors import TokenFormerError
+from tokenformer.evaluation.harness.encoding import encode_pairs
 from tokenformer.evaluation.harness.model import TokenFormerLM
 from tokenformer.evaluation.harness.run import evaluate_tasks
 from tokenformer.interop.gpt_neox import native_to_gpt_neox
@@ -106,6 +108,19 @@ def test_likelihoods_are_those_of_the_harness_s_own_model(transformer: Path, ref
         found = TokenFormerLM(transformer, batch_size=batch_size, device="cpu").loglikelihood(asked)
         assert [answer[1] for answer in found] == [answer[1] for answer in expected]
         assert [answer[0] for answer in found] == pytest.approx([answer[0] for answer in expected], abs=1e-4)
+
+
+def test_texts_encoded_together_are_those_encoded_one_by_one(tokenformer: Path) -> None:
+    model = TokenFormerLM(tokenformer, device="cpu")
+    pairs = [*PAIRS, ("over<|endoftext|>", " and on"), ("", "<|endoftext|>after"), ("two  ", "spaces")]
+    found = encode_pairs(model.text_tokenizer, pairs, prefix_token=model.prefix_token_id)
+    seen: list[tuple] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TokenFormerLM, "_loglikelihood_tokens", lambda self, asked, **_: seen.extend(asked))
+        TemplateLM.loglikelihood(model, requests("loglikelihood", *pairs), disable_tqdm=True)
+    assert [tuple(map(list, tokens)) for tokens in found] == [(asked[1], asked[2]) for asked in seen]
+    (blank,) = encode_pairs(model.text_tokenizer, [("  ", "a")], prefix_token=7)
+    assert (blank.context, blank.tokens) == ([7], model.tok_encode("  a"))
 
 
 def test_rolling_likelihoods_too(transformer: Path, reference: HFLM) -> None:

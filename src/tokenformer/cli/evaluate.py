@@ -5,15 +5,11 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from tokenformer.errors import TokenFormerError
-
-if TYPE_CHECKING:
-    from tokenformer.evaluation.harness.run import HarnessResult
-    from tokenformer.evaluation.perplexity import EvaluationResult
 
 _EXAMPLES = """
 **Examples**
@@ -29,6 +25,8 @@ _EXAMPLES = """
 `tokenformer evaluate models/150m --tasks lambada_openai,hellaswag,piqa,arc_easy,arc_challenge,winogrande`
 
 `tokenformer evaluate models/150m --tasks lambada_jsonl=lambada_test.jsonl --limit 500`
+
+`tokenformer evaluate models/150m --tasks piqa,arc_easy --update-card`
 
 `torchrun --nproc-per-node 8 -m tokenformer evaluate models/150m --tasks hellaswag --dtype bfloat16`
 """
@@ -100,9 +98,19 @@ def evaluate(
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write the result to this file as well.")
     ] = None,
+    update_card: Annotated[
+        bool,
+        typer.Option(
+            "--update-card",
+            help="Add the result to the model's card (README.md), or the adapter's; what is there stays.",
+        ),
+    ] = False,
 ) -> None:
     """Loss, perplexity and bits per byte over a whole split, or zero-shot tasks."""
+    from tokenformer.evaluation.card import add_to_card, card_of, perplexity_rows, task_rows
     from tokenformer.files import require_free, write_json
+    from tokenformer.report.evaluations import perplexity_table, task_table
+    from tokenformer.report.tables import print_tables
 
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
     _check_options(
@@ -123,6 +131,8 @@ def evaluate(
     )
     if json_file is not None:
         require_free(json_file)
+    adapters = adapter or []
+    card = card_of(model, adapters) if update_card else None
     if data is not None:
         from tokenformer.evaluation.perplexity import evaluate_model
         from tokenformer.train.device import find_device
@@ -130,7 +140,7 @@ def evaluate(
         result = evaluate_model(
             model,
             data,
-            adapters=adapter or [],
+            adapters=adapters,
             split=split or "validation",
             sequence_length=sequence_length,
             stride=stride,
@@ -140,14 +150,12 @@ def evaluate(
             device=find_device(device),
             progress=True,
         )
-        _print_result(result)
-        found: dict[str, Any] = result.to_json()
+        table, values, rows = perplexity_table(result), result.to_json(), perplexity_rows(result)
     else:
-        evaluate_tasks = _load_harness()
-        scores = evaluate_tasks(
+        scores = _load_harness()(
             model,
             names,
-            adapters=adapter or [],
+            adapters=adapters,
             include_paths=include_path or [],
             num_fewshot=num_fewshot,
             limit=limit,
@@ -157,11 +165,13 @@ def evaluate(
             device=device,
         )
         if scores is None:
-            return
-        _print_scores(scores)
-        found = scores.to_json()
+            return  # another process has them
+        table, values, rows = task_table(scores), scores.to_json(), task_rows(scores)
+    print_tables([table])
     if json_file is not None:
-        write_json(json_file, found)
+        write_json(json_file, values)
+    if card is not None:
+        add_to_card(card, rows)
 
 
 def _check_options(
@@ -191,47 +201,6 @@ def _load_harness() -> Any:
     from tokenformer.evaluation.harness.run import evaluate_tasks
 
     return evaluate_tasks
-
-
-def _print_result(result: EvaluationResult) -> None:
-    from tokenformer.report.tables import Table, count, print_tables
-
-    evaluation = result.evaluation
-    rows = [
-        ("loss (nats a token)", f"{evaluation.loss:.6f}"),
-        ("perplexity", f"{evaluation.perplexity:.4f}"),
-        ("bits per byte", f"{evaluation.bits_per_byte:.6f}"),
-        ("tokens scored", count(evaluation.tokens)),
-        ("UTF-8 bytes scored", count(evaluation.bytes)),
-        ("window (tokens)", count(result.sequence_length)),
-        *(("adapter", str(path)) for path in result.adapters),
-    ]
-    if result.stride is not None:
-        rows.append(("stride (tokens)", count(result.stride)))
-    if result.word_perplexity is not None:
-        rows.insert(3, ("perplexity per word", f"{result.word_perplexity:.4f}"))
-        rows.append(("words", count(result.words or 0)))
-    print_tables([Table(f"{result.model} on {result.split} of {result.data}", ("measure", "value"), rows)])
-
-
-def _print_scores(result: HarnessResult) -> None:
-    from tokenformer.report.tables import Table, count, print_tables
-
-    columns = ("task", "version", "few-shot", "documents", "measure", "value", "stderr")
-    rows = [
-        (
-            score.task,
-            score.version,
-            "" if score.num_fewshot is None else str(score.num_fewshot),
-            "" if score.samples is None else count(score.samples),
-            score.metric,
-            f"{score.value:.4f}",
-            "" if score.stderr is None else f"{score.stderr:.4f}",
-        )
-        for score in result.scores
-    ]
-    harness = f"{result.settings['harness']} {result.settings['harness_version']}"
-    print_tables([Table(f"{result.model}: {harness}, {result.settings['dtype']}", columns, rows)])
 
 
 def register(app: typer.Typer) -> None:
