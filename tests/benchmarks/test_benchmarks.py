@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from tokenformer.language.prepare import prepare
+from tokenformer.language.tokenizers import train_bpe
 from tokenformer.ops.pattention import NORM_ACTIVATIONS
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -192,6 +193,29 @@ def test_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert numbers["results"]["none"]["of_none"] == 1
     assert all(result["ms"] > 0 for result in numbers["results"].values())
     assert numbers["saved_bytes"] > 0
+
+
+@pytest.mark.slow
+def test_harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("lm_eval")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    texts = [f"the number after {number} is {number + 1}" for number in range(24)]
+    (tmp_path / "passages.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    tokenizer = train_bpe(texts, 300)
+    tokenizer.save(tmp_path / "tokenizer")
+    written = tmp_path / "harness.json"
+    files = (tmp_path / "passages.jsonl", "--tokenizer", tmp_path / "tokenizer" / "tokenizer.json")
+    sizes = ("--batch-sizes", "auto", "4", "--hflm-batch-sizes", "8", "--repeats", 1, "--limit", 20)
+    options = ("--tiny", "--device", "cpu", "--dtype", "float32", "--json", written)
+    run_script(monkeypatch, "harness.py", *files, *sizes, *options)
+    numbers = json.loads(written.read_text())
+    assert numbers["requests"] == 20
+    assert list(numbers["batch_sizes"]["ours"]) == ["auto", "4"]
+    for seconds in numbers["seconds"].values():
+        assert list(seconds) == ["ours", "transformer", "hflm"]
+        assert all(min(values) > 0 for values in seconds.values())
+    assert numbers["parity"]["float32"] < 1e-4
+    assert numbers["parity"]["float32, greedy differs"] == 0
 
 
 @pytest.mark.slow
