@@ -90,7 +90,7 @@ def work(rank: int, folder: str) -> None:
     assert isinstance(sharded.embedding.weight, DTensor)
     run = Path(folder) / "run"
     for step, background in ((1, True), (2, False)):
-        writer = CheckpointWriter(run, torch.device("cpu"), background=background, ranks=all_ranks())
+        writer = CheckpointWriter(run, mode="thread" if background else "at once", ranks=all_ranks())
         save(writer, sharded, moments, step, rank)
         with torch.no_grad():  # what the background writes is the state of its step
             kept = [parameter.to_local().clone() for parameter in sharded.parameters()]
@@ -134,7 +134,7 @@ def read_in_other_layouts(
 def failure_of_one_is_known_to_all(run: Path, model: LanguageModel, moments: Moments, rank: int) -> None:
     full = OSError(28, "No space left on device")
     for background in (False, True):
-        writer = CheckpointWriter(run, torch.device("cpu"), background=background, ranks=all_ranks())
+        writer = CheckpointWriter(run, mode="thread" if background else "at once", ranks=all_ranks())
         refuse = mock.patch("torch.distributed.checkpoint.filesystem._write_item", side_effect=full)
         with refuse if rank == 1 else nullcontext(), pytest.raises(TokenFormerError) as caught:
             save_and_finish(writer, model, moments, 3, rank)

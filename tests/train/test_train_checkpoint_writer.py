@@ -15,7 +15,7 @@ from tokenformer.models.directory import load_model
 from tokenformer.train.checkpoint.contents import TrainingCheckpoint, read_checkpoint
 from tokenformer.train.checkpoint.export import export_model
 from tokenformer.train.checkpoint.folder import checkpoint_path, list_checkpoints
-from tokenformer.train.checkpoint.writer import CheckpointWriter, writes_in_background
+from tokenformer.train.checkpoint.writer import CheckpointWriter, writing_mode
 from tokenformer.train.config import RunConfig
 from tokenformer.train.run import train
 from tokenformer.train.sections import CheckpointConfig
@@ -46,7 +46,7 @@ def test_background_run_writes_what_any_run_writes(make_config: MakeConfig, tmp_
     """Step for step: weights, moments, counters; and the same export at the end."""
     checkpoints = {}
     for asynchronous in (False, True):
-        section = f"checkpoint={{every_steps: 1, keep_last: 9, asynchronous: {asynchronous}}}"
+        section = f"checkpoint={{every_steps: 1, keep_last: 9, asynchronous: {asynchronous}, when_busy: wait}}"
         out = train(make_config("steps=4", section), tmp_path / str(asynchronous), quiet=True).out
         checkpoints[asynchronous] = [read_checkpoint(path) for path in list_checkpoints(out)]
         assert (out / "model" / "model.safetensors").is_file()
@@ -63,15 +63,20 @@ def test_background_run_writes_what_any_run_writes(make_config: MakeConfig, tmp_
 
 def test_only_cuda_writes_in_the_background_by_itself() -> None:
     config = CheckpointConfig()
-    assert [writes_in_background(config, torch.device(name)) for name in ("cpu", "mps", "cuda")] == [
-        False,
-        False,
-        True,
+    assert [writing_mode([config], torch.device(name)) for name in ("cpu", "mps", "cuda")] == [
+        "at once",
+        "at once",
+        "process",
     ]
+    wanted = CheckpointConfig(asynchronous=True)
+    assert writing_mode([config, wanted], torch.device("cpu")) == "thread"
+    assert writing_mode([wanted, config], torch.device("cuda")) == "process"
+    by_name = [CheckpointConfig(asynchronous="process"), CheckpointConfig(asynchronous=False)]
+    assert writing_mode(by_name, torch.device("cpu")) == "process"
 
 
 def test_copy_is_that_of_its_step(checkpoint: TrainingCheckpoint, tmp_path: Path) -> None:
-    writer = CheckpointWriter(tmp_path, CPU, background=True)
+    writer = CheckpointWriter(tmp_path, mode="thread")
     for step in (1, 2):
         fill(checkpoint, float(step))
         writer.write(at(checkpoint, step), CheckpointConfig())
@@ -85,13 +90,13 @@ def test_copy_is_that_of_its_step(checkpoint: TrainingCheckpoint, tmp_path: Path
 def test_export_that_is_overtaken_is_left_out(checkpoint: TrainingCheckpoint, tmp_path: Path) -> None:
     exported, may_go_on, began = [], threading.Event(), threading.Event()
 
-    def slow_export(export: object, run: Path) -> None:
+    def slow_export(export: object, run: Path, worker: None) -> None:
         began.set()
         assert may_go_on.wait(60)
         export_model(export, run)  # type: ignore[arg-type]
         exported.append(export.checkpoint.name[-1])  # type: ignore[attr-defined]
 
-    writer = CheckpointWriter(tmp_path, CPU, background=True)
+    writer = CheckpointWriter(tmp_path, mode="thread")
     with mock.patch(EXPORT, slow_export):
         for step in (1, 2, 3):
             fill(checkpoint, float(step))
@@ -110,7 +115,7 @@ def test_export_that_fails_is_told_and_raised_at_the_end_only(
     checkpoint: TrainingCheckpoint, tmp_path: Path
 ) -> None:
     said: list[str] = []
-    writer = CheckpointWriter(tmp_path, CPU, background=False, say=said.append)
+    writer = CheckpointWriter(tmp_path, say=said.append)
     full = TokenFormerError("model: could not be written (No space left on device)")
     with mock.patch(EXPORT, side_effect=full):
         writer.write(at(checkpoint, 1), CheckpointConfig(), card="A card.")

@@ -15,7 +15,7 @@ from tokenformer.progress import progress_bar
 from tokenformer.train.announce import interruption
 from tokenformer.train.checkpoint.contents import TrainingCheckpoint, read_checkpoint
 from tokenformer.train.checkpoint.rng import restore_rng, rng_state
-from tokenformer.train.checkpoint.writer import CheckpointWriter, writes_in_background
+from tokenformer.train.checkpoint.writer import CheckpointWriter, writing_mode
 from tokenformer.train.config import StageConfig
 from tokenformer.train.context import RunContext
 from tokenformer.train.loop import StageLoop
@@ -23,6 +23,7 @@ from tokenformer.train.metrics import MetricsLog
 from tokenformer.train.optimizer import load_named_state, named_state
 from tokenformer.train.placement import Placement
 from tokenformer.train.rung import grow_for_stage
+from tokenformer.train.sections import CheckpointConfig
 from tokenformer.train.spikes import passed_over
 from tokenformer.train.start import Learned
 from tokenformer.train.state import TrainingState
@@ -39,10 +40,8 @@ class Climb:
             plan.device, run.world, reshard_after_forward=plan.config.parallel.reshard_after_forward
         )
         self._config_text = plan.config.to_yaml()
-        background = any(writes_in_background(stage.checkpoint, plan.device) for stage in plan.stages)
-        self.writer = CheckpointWriter(
-            plan.out, plan.device, background=background, ranks=run.ranks, say=run.say
-        )
+        mode = writing_mode((stage.checkpoint for stage in plan.stages), plan.device)
+        self.writer = CheckpointWriter(plan.out, mode=mode, ranks=run.ranks, say=run.say)
 
     def train(self, learned: Learned, metrics: MetricsLog) -> TrainingState:
         """Train from ``learned`` to the end of the last stage; everything is written by then.
@@ -109,6 +108,7 @@ class Climb:
         step = TrainStep(model, task, stage, plan.device, state, run.world, trained)
         load_named_state(model, step.optimizer, learned.moments)
         learned.moments = {}  # the optimiser has copies
+        step.optimizer.register_step_pre_hook(lambda *_: self.writer.before_update())
         loop = StageLoop(
             step,
             stage,
@@ -137,7 +137,10 @@ class Climb:
         stage: StageConfig,
         latest: Mapping[str, Any],
         state: TrainingState,
-    ) -> None:
+        required: bool,
+    ) -> bool:
+        if not required and self._leaves_out(state.step, stage.checkpoint):
+            return False
         plan = self._run.plan
         checkpoint = TrainingCheckpoint(
             model=model,
@@ -151,3 +154,13 @@ class Climb:
         self.writer.write(
             checkpoint, stage.checkpoint, self._run.card(model.config, state, latest) if wanted else None
         )
+        return True
+
+    def _leaves_out(self, step: int, policy: CheckpointConfig) -> bool:
+        """Whether the checkpoint of ``step`` is left out, because the former one is still being written."""
+        if policy.when_busy == "wait" or policy.keeps(step) or not self.writer.is_writing():
+            return False
+        self._run.say(
+            f"step {step}: no checkpoint, the former one is still being written (checkpoint.when_busy: skip)"
+        )
+        return True

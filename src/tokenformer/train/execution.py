@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,34 +48,38 @@ class Execution:
         plan = self._plan
         start = self._start(plan.resume_from)
         check_optimizers(plan, start.model)
-        logging = plan.stages[0].logging
-        if logging.wandb is not None:
+        if plan.stages[0].logging.wandb is not None:
             require_wandb()
         self._run.ranks.first(self._open_run_directory)
         if self._is_finished(start.state):
             return self._finish_again(start.state)
         announce(self._run, start.model.config, start.state)
         after = start.state if plan.resume_from is not None else None
-        while True:
-            with MetricsLog(
-                plan.out,
-                tensorboard=logging.tensorboard,
-                wandb=logging.wandb,
-                config=plan.config.model_dump(mode="json"),
-                after=after,
-                silent=not self._run.world.is_first,
-            ) as metrics:
-                try:
-                    self._note_rollback(start.state, metrics)
-                    return self._climb.train(start, metrics), dict(metrics.latest)
-                except LossSpike as spike:
-                    rollback = spike.rollback
-                except Exception:
-                    self._climb.writer.abandon()
-                    raise
-            del start  # both models need not be held at once
-            start = self._go_back(rollback)
-            after = start.state
+        with closing(self._climb.writer):
+            while True:
+                with self._metrics(after) as metrics:
+                    try:
+                        self._note_rollback(start.state, metrics)
+                        return self._climb.train(start, metrics), dict(metrics.latest)
+                    except LossSpike as spike:
+                        rollback = spike.rollback
+                    except Exception:
+                        self._climb.writer.abandon()
+                        raise
+                del start  # both models need not be held at once
+                start = self._go_back(rollback)
+                after = start.state
+
+    def _metrics(self, after: TrainingState | None) -> MetricsLog:
+        logging = self._plan.stages[0].logging
+        return MetricsLog(
+            self._plan.out,
+            tensorboard=logging.tensorboard,
+            wandb=logging.wandb,
+            config=self._plan.config.model_dump(mode="json"),
+            after=after,
+            silent=not self._run.world.is_first,
+        )
 
     def _start(self, checkpoint: Path | None) -> Learned:
         start = begin(self._plan.config) if checkpoint is None else go_on(checkpoint)

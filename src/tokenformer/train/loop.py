@@ -29,8 +29,8 @@ from tokenformer.train.window import MetricsWindow
 class StageLoop:
     """Runs one stage from ``state`` to its end, or to a stop request.
 
-    ``save`` writes a checkpoint of a state; it is called when one is due, at the end of the stage and on a
-    stop request. ``poll`` brings the request up to date, at the same place of a step on all ranks (its argument says
+    ``save`` writes a checkpoint of a state, or returns false; it is called when one is due, and with true, for one that
+    must be, at the end of the stage and when the run ends before. ``poll`` brings the request up to date, at the same place of a step on all ranks (its argument says
     whether this one's data cannot be read any more), and raises what went wrong in the background. ``beat`` tells
     the other ranks the step at hand and what is begun in it. ``say`` prints a line for the user.
     """
@@ -42,7 +42,7 @@ class StageLoop:
         state: TrainingState,
         *,
         metrics: MetricsLog,
-        save: Callable[[TrainingState], None],
+        save: Callable[[TrainingState, bool], bool],
         say: Callable[[str], None],
         request: StopRequest,
         poll: Callable[[bool], None],
@@ -126,7 +126,7 @@ class StageLoop:
             return
         if self.state.step != self._saved_step:
             self._look_for_spikes()
-            self._write_checkpoint()
+            self._write_checkpoint(required=True)
         if self._data_error is None:
             raise ToldElsewhere("another rank cannot read its data any more")
         done = (
@@ -154,9 +154,8 @@ class StageLoop:
         log = last or step % self.stage.logging.every_steps == 0
         if log or self.step.device.type == "cpu":
             self._window.check(step)
-        save = (
-            last or _due(step, self.stage.checkpoint.every_steps) or self._request.signal_number is not None
-        )
+        required = last or self._request.signal_number is not None
+        save = required or _due(step, self.stage.checkpoint.every_steps)
         if log or save:
             self._look_for_spikes()
         if log:
@@ -164,7 +163,7 @@ class StageLoop:
         if last or _due(step, self.stage.evaluation.every_steps):
             self._evaluate_or_end()
         if save:
-            self._write_checkpoint()
+            self._write_checkpoint(required=required)
 
     def _look_for_spikes(self) -> None:
         """Examine the losses since the last look, before any of them goes into a checkpoint.
@@ -200,13 +199,14 @@ class StageLoop:
             to_sample=state.next_sample - after_spike,
         )
 
-    def _write_checkpoint(self) -> None:
+    def _write_checkpoint(self, *, required: bool) -> None:
         self._beat(self.state.step, "saving")
         self._count_skipped()
         self.state = self.state.model_copy(update=self._window.state())
         with self._clock.paused():
-            self._save(self.state)
-        self._saved_step = self.state.step
+            saved = self._save(self.state, required)
+        if saved:
+            self._saved_step = self.state.step
 
     def _log(self) -> None:
         values = self._window.read()  # waits for the device, so the time is that of finished work

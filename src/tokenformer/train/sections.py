@@ -158,15 +158,22 @@ class CheckpointConfig(StrictModel):
     """A checkpoint every so many steps (null: at the end of each stage and on interruption only).
 
     The newest ``keep_last`` are kept, and for good those of steps that ``keep_every_steps`` divides. ``asynchronous``:
-    write while the training goes on (``auto``: on CUDA). ``export``: make the model directory of each checkpoint, not
+    write while the training goes on, by a ``thread`` of it or a ``process`` beside it (true: on CUDA a process, else a
+    thread; ``auto``: on CUDA only). ``when_busy``: of one that becomes due while the former is still being written, skip
+    it (never the last of a stage, one that is kept for good, or that of a signal), or wait. ``export``: make the model directory of each checkpoint, not
     only of the last of a stage.
     """
 
     every_steps: PositiveInt | None = 1000
     keep_last: PositiveInt = 2
     keep_every_steps: PositiveInt | None = None
-    asynchronous: Literal["auto", True, False] = "auto"
+    asynchronous: Literal["auto", "thread", "process", True, False] = "auto"
+    when_busy: Literal["skip", "wait"] = "skip"
     export: bool = True
+
+    def keeps(self, step: int) -> bool:
+        """Whether the checkpoint of ``step`` is kept for good."""
+        return self.keep_every_steps is not None and step % self.keep_every_steps == 0
 
 
 class EvaluationConfig(StrictModel):

@@ -7,9 +7,10 @@ pickled. Only model directories travel.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,9 +23,20 @@ from tokenformer.models.base import LanguageModel
 from tokenformer.models.config import DecoderConfig
 from tokenformer.models.empty import empty_model
 from tokenformer.models.registry import load_config
-from tokenformer.train.checkpoint.manifest import FileRecord, describe_files, require_whole, write_manifest
+from tokenformer.train.checkpoint.manifest import describe_files, require_whole, write_manifest
 from tokenformer.train.checkpoint.ranks import Ranks
-from tokenformer.train.checkpoint.tensors import load_into, load_tensors, save_tensors, stored_shapes
+from tokenformer.train.checkpoint.tensors import (
+    METADATA_FILE,
+    WritePlan,
+    WrittenShare,
+    load_into,
+    load_tensors,
+    local_part,
+    plan_writes,
+    stored_shapes,
+    write_metadata,
+    write_share,
+)
 from tokenformer.train.optimizer import Moments
 from tokenformer.train.state import STATE_FILE, TrainingState, is_checkpoint, read_state
 
@@ -82,12 +94,26 @@ def write_checkpoint(
     write_contents(directory, checkpoint.contents(), ranks=ranks)
 
 
+ShareWriter = Callable[[Path, bytes], WrittenShare]
+"""Writes this rank's part of a plan to a directory."""
+
+
+def plan_contents(contents: CheckpointContents, ranks: Ranks) -> WritePlan:
+    """Share the tensors among the ranks, which all call this. The plan serves for all contents whose tensors have the
+    same names, shapes and layouts."""
+    tensors = contents.tensors
+    if ranks.rank:  # each rank has generators of its own; the first one's are kept
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(_RNG)}
+    return plan_writes(tensors, ranks)
+
+
 def write_contents(
     directory: Path | str,
     contents: CheckpointContents,
     *,
     ranks: Ranks | None = None,
-    local: Mapping[str, Tensor] | None = None,
+    plan: WritePlan | None = None,
+    write: ShareWriter | None = None,
 ) -> None:
     """Write a checkpoint to ``directory``, which must be free; it appears when complete.
 
@@ -95,7 +121,8 @@ def write_contents(
         directory: of all ranks the same, on a file system that all reach.
         contents: of each rank; all but the local parts of the tensors agree.
         ranks: those that write it together; this process alone by default.
-        local: CPU copies of the local parts of ``contents.tensors``, written in their place.
+        plan: of contents like these; made here by default.
+        write: writes the tensors; from those in ``contents`` by default.
 
     Raises:
         TokenFormerError: the directory holds something, the disk refuses (full, not writable), or another rank
@@ -104,15 +131,32 @@ def write_contents(
     ranks = ranks or Ranks()
     directory = Path(directory)
     with ExitStack() as stack:
-        scratch = ranks.first(lambda: stack.enter_context(new_directory(directory)))
-        records = ranks.each(lambda: _write_share(scratch, contents, ranks, local))
-        merged = {name: record for share in records for name, record in share.items()}
+
+        def begin() -> Path:
+            scratch = stack.enter_context(new_directory(directory))
+            (scratch / _TENSORS).mkdir()
+            return scratch
+
+        scratch = ranks.first(begin)
+        plan = plan or plan_contents(contents, ranks)
+        mine, write = plan.mine, write or partial(_write_tensors, contents.tensors)
+        shares = ranks.each(lambda: write(scratch / _TENSORS, mine))
 
         def complete() -> None:
-            write_manifest(scratch, merged)
+            metadata = write_metadata(scratch / _TENSORS, plan.metadata, [share.places for share in shares])
+            records = {METADATA_FILE: metadata} | {k: v for share in shares for k, v in share.records.items()}
+            _write_small_files(scratch, contents)
+            small = describe_files(scratch, [path for path in scratch.iterdir() if path.is_file()])
+            write_manifest(
+                scratch, small | {f"{_TENSORS}/{name}": record for name, record in records.items()}
+            )
             stack.close()
 
         ranks.first(complete)
+
+
+def _write_tensors(tensors: Mapping[str, Tensor], directory: Path, plan: bytes) -> WrittenShare:
+    return write_share(directory, plan, {name: local_part(tensor) for name, tensor in tensors.items()})
 
 
 def read_checkpoint(directory: Path | str, *, verify: bool = True) -> TrainingCheckpoint:
@@ -224,21 +268,6 @@ def require_checkpoint(directory: Path) -> None:
     """
     if not is_checkpoint(directory):
         raise TokenFormerError(f"{directory}: no training checkpoint (there is no {STATE_FILE} in it)")
-
-
-def _write_share(
-    scratch: Path, contents: CheckpointContents, ranks: Ranks, local: Mapping[str, Tensor] | None
-) -> dict[str, FileRecord]:
-    """What this rank writes, and its records; the first one writes the small files too."""
-    tensors = contents.tensors
-    if ranks.rank:  # each rank has generators of its own; the first one's are kept
-        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(_RNG)}
-    save_tensors(tensors, scratch / _TENSORS, local=local, group=ranks.group)
-    written = set((scratch / _TENSORS).glob(f"__{ranks.rank}_*"))
-    if ranks.rank == 0:
-        _write_small_files(scratch, contents)
-        written |= {path for path in scratch.iterdir() if path.is_file()} | {scratch / _TENSORS / ".metadata"}
-    return describe_files(scratch, written)
 
 
 def _write_small_files(scratch: Path, contents: CheckpointContents) -> None:

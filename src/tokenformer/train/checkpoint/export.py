@@ -15,6 +15,7 @@ from tokenformer.models.paths import is_model_directory
 from tokenformer.train.adapter import export_adapter, is_adapter_run
 from tokenformer.train.checkpoint.contents import read_model
 from tokenformer.train.checkpoint.folder import checkpoint_step
+from tokenformer.train.checkpoint.worker import Worker
 
 EXPORT_FILE = "export.json"
 """In a run directory: the step of the model in ``model/``, or of the adapter in ``adapter/``."""
@@ -27,13 +28,20 @@ class Export(NamedTuple):
     card: str
 
 
-def export_model(export: Export, run: Path) -> None:
+def export_model(export: Export, run: Path, worker: Worker | None = None) -> None:
     """Write the model of a checkpoint, of however many ranks, to the run's ``model/``, or the adapter that the run
-    trains to its ``adapter/``, in place of what is there.
+    trains to its ``adapter/``, in place of what is there; in ``worker``, if one is given.
 
     Raises:
         TokenFormerError: the checkpoint is damaged, or the disk refuses.
     """
+    if worker is not None:
+        worker.call(_export_model, export, run)
+    else:
+        _export_model(export, run)
+
+
+def _export_model(export: Export, run: Path) -> None:
     if is_adapter_run(run):
         export_adapter(export.checkpoint, run, export.card)
     else:
@@ -61,11 +69,15 @@ class Exporter:
     """Makes ``model/`` of ``run`` the model of its newest checkpoint.
 
     In the background a checkpoint that is overtaken before its turn is left out. An export that fails does not stop
-    the training: it is told through ``say``, and raised by :meth:`finish` unless a later one succeeded.
+    the training: it is told through ``say``, and raised by :meth:`finish` unless a later one succeeded. ``worker``:
+    the process that makes them; this one by default.
     """
 
-    def __init__(self, run: Path, *, background: bool, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, run: Path, *, background: bool, say: Callable[[str], None], worker: Worker | None = None
+    ) -> None:
         self._run = run
+        self._worker = worker
         self._background = background
         self._say = say
         self._lock = threading.Condition()
@@ -106,7 +118,7 @@ class Exporter:
     def _work(self) -> None:
         while (export := self._take()) is not None:
             try:
-                export_model(export, self._run)
+                export_model(export, self._run, self._worker)
                 self._failure = None
             except Exception as error:  # in a thread of its own it would end unseen
                 self._failure = error

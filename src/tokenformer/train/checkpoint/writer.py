@@ -3,38 +3,64 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from tokenformer.errors import TokenFormerError
-from tokenformer.train.checkpoint.contents import CheckpointContents, TrainingCheckpoint, write_contents
+from tokenformer.train.checkpoint.contents import (
+    CheckpointContents,
+    TrainingCheckpoint,
+    plan_contents,
+    write_contents,
+)
 from tokenformer.train.checkpoint.export import Export, Exporter
 from tokenformer.train.checkpoint.folder import checkpoint_path, list_checkpoints, prune_checkpoints
-from tokenformer.train.checkpoint.ranks import Ranks
-from tokenformer.train.checkpoint.staging import Staging
+from tokenformer.train.checkpoint.ranks import Ranks, greatest_of_all_ranks
+from tokenformer.train.checkpoint.shared_memory import SharedMemory
+from tokenformer.train.checkpoint.staging import Staging, write_staged
+from tokenformer.train.checkpoint.tensors import WritePlan, WrittenShare, write_share
+from tokenformer.train.checkpoint.worker import Worker
 from tokenformer.train.sections import CheckpointConfig
 
 _PATIENCE = 60.0
 """Seconds."""
 
 
-def writes_in_background(config: CheckpointConfig, device: torch.device) -> bool:
-    """Whether checkpoints are written while the training goes on: as configured, on CUDA by itself."""
-    return device.type == "cuda" if config.asynchronous == "auto" else config.asynchronous
+Mode = Literal["at once", "thread", "process"]
+_MODES: tuple[Mode, ...] = ("at once", "thread", "process")
+
+
+def writing_mode(configs: Iterable[CheckpointConfig], device: torch.device) -> Mode:
+    """How the checkpoints of stages are written: as the one that wants most does it. By itself, on CUDA by a process
+    beside the training; a computation on the CPU has no time to spare for it."""
+    modes: list[Mode] = ["at once"]
+    for asynchronous in (config.asynchronous for config in configs):
+        if asynchronous == "thread" or asynchronous == "process":
+            modes.append(asynchronous)
+        elif device.type == "cuda" and asynchronous:
+            modes.append("process")
+        elif asynchronous is True:
+            modes.append("thread")
+    return max(modes, key=_MODES.index)
 
 
 class CheckpointWriter:
     """Writes the checkpoints of ``run``; every rank has one and calls the same methods in the same order.
 
     In the background at most one is being written: the tensors are copied to the CPU first, and the next one waits for
-    the former. A failure there is raised by the next :meth:`write`, :meth:`raise_failure` or :meth:`finish`.
+    the former. With a process beside each rank, the copies lie in memory that it shares, and a thread here only waits
+    for it and for the other ranks. A failure is raised by the next :meth:`write`, :meth:`raise_failure` or
+    :meth:`finish`.
 
     Args:
         run: the run directory.
-        device: of the tensors.
-        background: write while the training goes on.
+        mode: let the training wait, or write while it goes on, by a thread of it or a process beside it.
         ranks: the processes of the run; their group serves nothing else.
         say: prints a line for the user.
     """
@@ -42,17 +68,19 @@ class CheckpointWriter:
     def __init__(
         self,
         run: Path,
-        device: torch.device,
         *,
-        background: bool,
+        mode: Mode = "at once",
         ranks: Ranks | None = None,
         say: Callable[[str], None] = print,
     ) -> None:
         self._run = run
-        self._device = device
         self._ranks = ranks or Ranks()
-        self._staging = Staging() if background else None
-        self._exporter = Exporter(run, background=background, say=say)
+        self._say = say
+        self._background = None if mode == "at once" else Background(say, processes=mode == "process")
+        exporting = self._background.exporting if self._background is not None else None
+        self._exporter = Exporter(run, background=self._background is not None, say=say, worker=exporting)
+        self._agree = greatest_of_all_ranks() if self._ranks.group is not None else None
+        self._plan: tuple[object, WritePlan] | None = None
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
 
@@ -72,15 +100,27 @@ class CheckpointWriter:
         """
         self.wait()
         contents = checkpoint.contents()  # here: sharded parameters are not themselves during a forward pass
-        if self._staging is None:
-            self._write(contents, policy, card)
+        plan = self._planned(contents)
+        if self._background is None:
+            self._write(contents, plan, policy, card)
             self.raise_failure()
             return
-        self._staging.copy(contents.tensors)
+        self._background.copy(contents.tensors)
+        contents = replace(contents, tensors={})  # the device's memory is not the thread's to keep
         self._thread = threading.Thread(
-            target=self._write, args=(contents, policy, card), name="checkpoint", daemon=True
+            target=self._write, args=(contents, plan, policy, card), name="checkpoint", daemon=True
         )
         self._thread.start()
+
+    def is_writing(self) -> bool:
+        """Whether a checkpoint is still being written, on any rank; all ask together."""
+        writing = self._thread is not None and self._thread.is_alive()
+        return bool(self._agree(writing)) if self._agree is not None else writing
+
+    def before_update(self) -> None:
+        """To be called before the tensors of the last checkpoint change: on the device that waits for the copy."""
+        if self._background is not None:
+            self._background.staging.hold_updates()
 
     def raise_failure(self) -> None:
         """Raise what went wrong in the background, once it is known.
@@ -117,16 +157,24 @@ class CheckpointWriter:
         self.wait()
         self._ranks.first(self._exporter.finish)
 
-    def _write(self, contents: CheckpointContents, policy: CheckpointConfig, card: str | None) -> None:
+    def close(self) -> None:
+        """End the processes, whatever they are doing; give the memory back."""
+        if self._background is not None:
+            self._background.close()
+
+    def _planned(self, contents: CheckpointContents) -> WritePlan:
+        layout = [(name, _layout(tensor)) for name, tensor in contents.tensors.items()]
+        if self._plan is None or self._plan[0] != layout:
+            self._plan = layout, plan_contents(contents, self._ranks)
+        return self._plan[1]
+
+    def _write(
+        self, contents: CheckpointContents, plan: WritePlan, policy: CheckpointConfig, card: str | None
+    ) -> None:
         try:
-            local = None
-            if self._staging is not None:
-                if self._device.index is not None:
-                    torch.cuda.set_device(self._device)  # a thread begins on the first device
-                self._staging.wait()
-                local = self._staging.copies
             path = checkpoint_path(self._run, contents.state.step)
-            write_contents(path, contents, ranks=self._ranks, local=local)
+            write = self._background.write_share if self._background is not None else None
+            write_contents(path, contents, ranks=self._ranks, plan=plan, write=write)
             if self._ranks.rank == 0:
                 if card is not None:
                     self._exporter.submit(Export(path, card))
@@ -147,3 +195,51 @@ class CheckpointWriter:
         explained = TokenFormerError(f"{error}; {advice}")
         explained.__cause__ = error
         return explained
+
+
+class Background:
+    """What writing beside the training takes: memory for the copies, and the processes ``writing`` (from the copies)
+    and ``exporting``; threads do without, also where the system has no such memory."""
+
+    def __init__(self, say: Callable[[str], None], *, processes: bool) -> None:
+        self._memory: SharedMemory | None = None
+        self.writing: Worker | None = None
+        self.exporting: Worker | None = None
+        if processes:
+            try:
+                self._memory = SharedMemory()
+            except OSError as error:
+                say(f"checkpoints are written by a thread of the training, which slows it down ({error})")
+            else:
+                self.writing = Worker("writes checkpoints", descriptors=[self._memory.descriptor], say=say)
+                self.exporting = Worker("exports models", say=say)
+        self.staging = Staging(self._memory)
+
+    def copy(self, tensors: Mapping[str, Tensor]) -> None:
+        """Begin to copy ``tensors``, and see that there is a process to write them."""
+        if self.writing is not None:
+            self.writing.start()
+        self.staging.copy(tensors)
+
+    def write_share(self, directory: Path, plan: bytes) -> WrittenShare:
+        """Write this rank's part of ``plan`` from the copies."""
+        self.staging.wait()
+        if self.writing is None or self._memory is None:
+            return write_share(directory, plan, self.staging.copies)
+        return self.writing.call(write_staged, directory, plan, self._memory.descriptor, self.staging.layout)
+
+    def close(self) -> None:
+        """End the processes and give the memory back."""
+        for worker in (self.writing, self.exporting):
+            if worker is not None:
+                worker.close()
+        self.staging.wait()
+        self.staging.copies = {}
+        if self._memory is not None:
+            self._memory.close()
+
+
+def _layout(tensor: Tensor) -> tuple[object, ...]:
+    """All that a plan for ``tensor`` depends on."""
+    spread = (tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else None
+    return tuple(tensor.shape), tensor.dtype, spread
