@@ -2,9 +2,9 @@
 
     python benchmarks/checkpoint.py --model 450M --every 50 --folder /data --json checkpoint.json
 
-Sides, in turn within each round and over the same model and optimiser: ``none``; ``process``, as a run on a GPU saves by
-itself (copied to page-locked memory; written, checksummed and exported by processes beside it); ``thread``, the same
-by threads of the training; ``at once``, where the training waits. Each round begins with a save and makes one
+Sides, in turn within each round and over the same model and optimiser: ``none``; ``process``, as a run on a GPU does
+by itself (copied to page-locked memory; written, checksummed and exported by processes beside it); ``thread``, the
+same by threads of the training; ``at once``, where the training waits. Each round begins with a save and makes one
 every so many steps; it ends with its last step, without waiting for what is still being written. As in a run, the
 device is waited for before each save, and one that is due while the former is still being written is left out
 (``--when-busy wait``: it waits). The first save, which takes the memory for the copies, is timed by itself.

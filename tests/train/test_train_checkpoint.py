@@ -130,7 +130,7 @@ def test_pruning_takes_nothing_else(tmp_path: Path) -> None:
 def test_disk_full_leaves_the_former_checkpoint_usable(
     make_config: MakeConfig, tmp_path: Path, asynchronous: bool
 ) -> None:
-    config = make_config(f"checkpoint={{every_steps: 2, asynchronous: {asynchronous}}}")
+    config = make_config(f"checkpoint={{every_steps: 2, asynchronous: {asynchronous}, when_busy: wait}}")
     whole = train(config, tmp_path / "whole", quiet=True)
     written = write_contents
 

@@ -30,14 +30,14 @@ from tokenformer.train.checkpoint.contents import (
 from tokenformer.train.checkpoint.folder import checkpoint_path, list_checkpoints
 from tokenformer.train.checkpoint.manifest import require_whole
 from tokenformer.train.checkpoint.ranks import Ranks, all_ranks, greatest_of_all_ranks
-from tokenformer.train.checkpoint.writer import CheckpointWriter
+from tokenformer.train.checkpoint.writer import CheckpointWriter, Mode
 from tokenformer.train.grow import grow_directory
 from tokenformer.train.optimizer import Moments
 from tokenformer.train.sections import CheckpointConfig
 from tokenformer.train.state import TrainingState
 
 RANKS = 2
-POLICY = CheckpointConfig()
+POLICY = CheckpointConfig(keep_last=9)
 CONFIG = TokenFormerConfig(
     vocab_size=384,
     hidden_size=16,
@@ -89,14 +89,16 @@ def work(rank: int, folder: str) -> None:
     sharded, moments = updated_model(lambda model: fully_shard(model, mesh=mesh))
     assert isinstance(sharded.embedding.weight, DTensor)
     run = Path(folder) / "run"
-    for step, background in ((1, True), (2, False)):
-        writer = CheckpointWriter(run, mode="thread" if background else "at once", ranks=all_ranks())
+    modes: list[Mode] = ["thread", "at once", "process"]
+    for step, mode in enumerate(modes, 1):
+        writer = CheckpointWriter(run, mode=mode, ranks=all_ranks())
         save(writer, sharded, moments, step, rank)
         with torch.no_grad():  # what the background writes is the state of its step
             kept = [parameter.to_local().clone() for parameter in sharded.parameters()]
             for parameter in sharded.parameters():
                 parameter.to_local().zero_()
         writer.finish()
+        writer.close()
         with torch.no_grad():
             for parameter, values in zip(sharded.parameters(), kept, strict=True):
                 parameter.to_local().copy_(values)
@@ -137,11 +139,11 @@ def failure_of_one_is_known_to_all(run: Path, model: LanguageModel, moments: Mom
         writer = CheckpointWriter(run, mode="thread" if background else "at once", ranks=all_ranks())
         refuse = mock.patch("torch.distributed.checkpoint.filesystem._write_item", side_effect=full)
         with refuse if rank == 1 else nullcontext(), pytest.raises(TokenFormerError) as caught:
-            save_and_finish(writer, model, moments, 3, rank)
+            save_and_finish(writer, model, moments, 4, rank)
         assert "No space left on device" in str(caught.value)
-        assert "step-00000002 is whole" in str(caught.value)
+        assert "step-00000003 is whole" in str(caught.value)
         dist.barrier()
-        assert [path.name for path in (run / "checkpoints").iterdir() if "3" in path.name] == []
+        assert [path.name for path in (run / "checkpoints").iterdir() if "4" in path.name] == []
 
 
 def stop_is_agreed_on(rank: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 
 from tokenformer.errors import TokenFormerError
 from tokenformer.models.directory import load_model
-from tokenformer.train.checkpoint.contents import TrainingCheckpoint, read_checkpoint
+from tokenformer.train.checkpoint.contents import TrainingCheckpoint, read_checkpoint, write_contents
 from tokenformer.train.checkpoint.export import export_model
 from tokenformer.train.checkpoint.folder import checkpoint_path, list_checkpoints
 from tokenformer.train.checkpoint.writer import CheckpointWriter, writing_mode
@@ -46,7 +47,9 @@ def test_background_run_writes_what_any_run_writes(make_config: MakeConfig, tmp_
     """Step for step: weights, moments, counters; and the same export at the end."""
     checkpoints = {}
     for asynchronous in (False, True):
-        section = f"checkpoint={{every_steps: 1, keep_last: 9, asynchronous: {asynchronous}, when_busy: wait}}"
+        section = (
+            f"checkpoint={{every_steps: 1, keep_last: 9, asynchronous: {asynchronous}, when_busy: wait}}"
+        )
         out = train(make_config("steps=4", section), tmp_path / str(asynchronous), quiet=True).out
         checkpoints[asynchronous] = [read_checkpoint(path) for path in list_checkpoints(out)]
         assert (out / "model" / "model.safetensors").is_file()
@@ -85,6 +88,37 @@ def test_copy_is_that_of_its_step(checkpoint: TrainingCheckpoint, tmp_path: Path
     for step in (1, 2):
         model = read_checkpoint(checkpoint_path(tmp_path, step)).model
         assert all((parameter == step).all() for parameter in model.parameters())
+
+
+def test_due_while_the_former_is_being_written_is_left_out(
+    make_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """But never the one that is kept for good, nor the last; as long as step 1 is written, two more become due."""
+    may_end, asked = threading.Event(), []
+    is_writing = CheckpointWriter.is_writing
+
+    def asking(self: CheckpointWriter) -> bool:
+        asked.append(is_writing(self))
+        if len(asked) == 3:
+            may_end.set()
+        return asked[-1]
+
+    def slow_write(*arguments: Any, **options: Any) -> None:
+        assert may_end.wait(60)
+        write_contents(*arguments, **options)
+
+    section = "checkpoint={every_steps: 1, keep_last: 9, keep_every_steps: 4, asynchronous: true}"
+    with (
+        mock.patch.object(CheckpointWriter, "is_writing", asking),
+        mock.patch("tokenformer.train.checkpoint.writer.write_contents", slow_write),
+    ):
+        run = train(make_config("steps=6", section), tmp_path / "run").out
+    assert asked[:3] == [False, True, True]
+    saved = {int(path.name[-1]) for path in list_checkpoints(run)}
+    assert {1, 4, 6} <= saved <= {1, 4, 5, 6}
+    said = capsys.readouterr().out
+    assert "step 2: no checkpoint, the former one is still being written" in said
+    assert all((run / "checkpoints" / f"step-{step:08d}" / "manifest.json").is_file() for step in saved)
 
 
 def test_export_that_is_overtaken_is_left_out(checkpoint: TrainingCheckpoint, tmp_path: Path) -> None:

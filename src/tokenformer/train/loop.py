@@ -29,10 +29,11 @@ from tokenformer.train.window import MetricsWindow
 class StageLoop:
     """Runs one stage from ``state`` to its end, or to a stop request.
 
-    ``save`` writes a checkpoint of a state, or returns false; it is called when one is due, and with true, for one that
-    must be, at the end of the stage and when the run ends before. ``poll`` brings the request up to date, at the same place of a step on all ranks (its argument says
-    whether this one's data cannot be read any more), and raises what went wrong in the background. ``beat`` tells
-    the other ranks the step at hand and what is begun in it. ``say`` prints a line for the user.
+    ``save`` writes a checkpoint of a state when one is due, or returns false; its argument says whether it must be one,
+    as at the end of the stage and when the run ends before. ``poll`` brings the request up to date, at the same place
+    of a step on all ranks (its argument says whether this one's data cannot be read any more), and raises what went
+    wrong in the background. ``beat`` tells the other ranks the step at hand and what is begun in it. ``say`` prints a
+    line for the user.
     """
 
     def __init__(

@@ -159,9 +159,9 @@ class CheckpointConfig(StrictModel):
 
     The newest ``keep_last`` are kept, and for good those of steps that ``keep_every_steps`` divides. ``asynchronous``:
     write while the training goes on, by a ``thread`` of it or a ``process`` beside it (true: on CUDA a process, else a
-    thread; ``auto``: on CUDA only). ``when_busy``: of one that becomes due while the former is still being written, skip
-    it (never the last of a stage, one that is kept for good, or that of a signal), or wait. ``export``: make the model directory of each checkpoint, not
-    only of the last of a stage.
+    thread; ``auto``: on CUDA only). ``when_busy``: of one that becomes due while the former is still being written,
+    skip it (never the last of a stage, that of a signal, or one that is kept for good), or wait. ``export``: make the
+    model directory of each checkpoint, not only of the last of a stage.
     """
 
     every_steps: PositiveInt | None = 1000

@@ -1,11 +1,12 @@
 """A process beside the training that does what the training should not wait for.
 
-``python -m tokenformer.train.checkpoint.worker CONNECTION PARENT`` is that process: it calls what it is sent, one call
-after the other, and ends with the training process, however that ends.
+``python -m tokenformer.train.checkpoint.worker CONNECTION PARENT MODULE`` is that process: it calls what it is sent,
+one call after the other, and ends with the training process, however that ends.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import socket
@@ -39,14 +40,21 @@ class Worker:
 
     Args:
         name: what it does, for messages.
+        module: of the functions; it is imported while the process begins.
         descriptors: open files that it inherits under their numbers.
         say: prints a line for the user.
     """
 
     def __init__(
-        self, name: str, *, descriptors: Sequence[int] = (), say: Callable[[str], None] = print
+        self,
+        name: str,
+        module: str = __name__,
+        *,
+        descriptors: Sequence[int] = (),
+        say: Callable[[str], None] = print,
     ) -> None:
         self._name = name
+        self._module = module
         self._descriptors = tuple(descriptors)
         self._say = say
         self._process: subprocess.Popen[bytes] | None = None
@@ -77,7 +85,7 @@ class Worker:
         try:
             with there:
                 self._process = subprocess.Popen(
-                    [sys.executable, "-m", __name__, str(there.fileno()), str(os.getpid())],
+                    [sys.executable, "-m", __name__, str(there.fileno()), str(os.getpid()), self._module],
                     pass_fds=(there.fileno(), *self._descriptors),
                     env=environment,
                     stdin=subprocess.DEVNULL,
@@ -153,12 +161,12 @@ def main() -> None:
     with suppress(OSError):
         os.nice(_NICE)
     connection = Connection(int(sys.argv[1]))
-    from tokenformer.train.checkpoint import export  # noqa: F401 here, not in the first call: it takes seconds
-
+    importlib.import_module(sys.argv[3])  # takes seconds where it needs torch
     with suppress(EOFError, ConnectionError):
         while True:
             function, arguments = connection.recv()
             connection.send(_outcome(function, arguments))
+    os._exit(0)  # nothing is left to tidy up, and torch takes its time
 
 
 def _outcome(function: Callable[..., Any], arguments: Sequence[Any]) -> tuple[Any, Exception | None]:

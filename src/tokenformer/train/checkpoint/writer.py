@@ -73,7 +73,7 @@ class CheckpointWriter:
         ranks: Ranks | None = None,
         say: Callable[[str], None] = print,
     ) -> None:
-        self._run = run
+        self.run = run
         self._ranks = ranks or Ranks()
         self._say = say
         self._background = None if mode == "at once" else Background(say, processes=mode == "process")
@@ -172,14 +172,14 @@ class CheckpointWriter:
         self, contents: CheckpointContents, plan: WritePlan, policy: CheckpointConfig, card: str | None
     ) -> None:
         try:
-            path = checkpoint_path(self._run, contents.state.step)
+            path = checkpoint_path(self.run, contents.state.step)
             write = self._background.write_share if self._background is not None else None
             write_contents(path, contents, ranks=self._ranks, plan=plan, write=write)
             if self._ranks.rank == 0:
                 if card is not None:
                     self._exporter.submit(Export(path, card))
                 prune_checkpoints(
-                    self._run, policy.keep_last, policy.keep_every_steps, in_use=self._exporter.in_use()
+                    self.run, policy.keep_last, policy.keep_every_steps, in_use=self._exporter.in_use()
                 )
         except Exception as error:  # raised where the run looks for it
             self._failure = self._explained(error)
@@ -188,7 +188,7 @@ class CheckpointWriter:
         """``error`` with what is left to go on from; faults of ours stay as they are."""
         if not isinstance(error, TokenFormerError | OSError | RuntimeError):
             return error
-        former = list_checkpoints(self._run)
+        former = list_checkpoints(self.run)
         advice = (
             f"{former[-1]} is whole: go on from it with --resume" if former else "there is none before it"
         )
@@ -211,8 +211,11 @@ class Background:
             except OSError as error:
                 say(f"checkpoints are written by a thread of the training, which slows it down ({error})")
             else:
-                self.writing = Worker("writes checkpoints", descriptors=[self._memory.descriptor], say=say)
-                self.exporting = Worker("exports models", say=say)
+                memory = self._memory.descriptor
+                self.writing = Worker(
+                    "writes checkpoints", write_staged.__module__, descriptors=[memory], say=say
+                )
+                self.exporting = Worker("exports models", Exporter.__module__, say=say)
         self.staging = Staging(self._memory)
 
     def copy(self, tensors: Mapping[str, Tensor]) -> None:
