@@ -15,11 +15,12 @@ from drills.processes import Trainer
 from drills.subject import differences, samples_of_steps, write_data, write_recipe
 
 _KILLS_OF_A_RUN = (1, 2, 3)
+_MODES = (False, "thread", "process")
 
 
 def killed_runs(folder: Path, trainer: Trainer, runs: int, seed: int) -> list[Outcome]:
-    """``runs`` ladders, each killed one to three times: in a step, a checkpoint, an export and a growth in turns; half
-    of them write their checkpoints in the background. Each must end as one that was never disturbed.
+    """``runs`` ladders, each killed one to three times: in a step, a checkpoint, an export and a growth in turns. Their
+    checkpoints are written at once, by a thread and by a process in turns. Each must end as one never disturbed.
 
     The moment is drawn from ``seed`` over how long the phase took in the undisturbed run.
     """
@@ -45,7 +46,7 @@ def _killed_run(
     recipe = write_recipe(
         folder / f"run-{index}.yaml",
         data,
-        checkpoint={"every_steps": draw.choice([1, 2, 3]), "asynchronous": bool(index % 2)},
+        checkpoint={"every_steps": draw.choice([1, 2, 3]), "asynchronous": _MODES[index % len(_MODES)]},
     )
     kills = []
     for attempt in range(draw.choice(_KILLS_OF_A_RUN)):
