@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -280,14 +279,13 @@ def test_the_harness_s_own_command_knows_the_model(tokenformer: Path, passages: 
 
 
 @pytest.mark.slow
-def test_several_processes_give_the_same_scores(tokenformer: Path, passages: Path, tmp_path: Path) -> None:
-    command = ["-m", "tokenformer", "evaluate", str(tokenformer), "--tasks", f"lambada_jsonl={passages}"]
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
-    for name, launcher in (("one", []), ("two", torchrun)):
-        run = [sys.executable, *launcher, *command, "--json", str(tmp_path / name), "--device", "cpu"]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(run, capture_output=True, text=True, check=False, env=environment)
-        assert done.returncode == 0, done.stderr
+def test_several_processes_give_the_same_scores(
+    tokenformer: Path, passages: Path, tmp_path: Path, torchrun, run_command
+) -> None:
+    options = ("evaluate", tokenformer, "--tasks", f"lambada_jsonl={passages}", "--device", "cpu", "--json")
+    assert run_command(*options, tmp_path / "one").code == 0
+    done = torchrun(2, "-m", "tokenformer", *options, tmp_path / "two")
+    assert done.code == 0, done.err
     one, two = (json.loads((tmp_path / name).read_text()) for name in ("one", "two"))
     assert two["processes"] == 2
     assert two["results"]["lambada_jsonl"]["samples"] == 5

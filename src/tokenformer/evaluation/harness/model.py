@@ -15,6 +15,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from torch import Tensor
 
 from tokenformer.adapters.apply import load_with_adapters
 from tokenformer.errors import TokenFormerError
@@ -90,6 +91,27 @@ class TokenFormerLM(TemplateLM):
         if dist.is_initialized():
             self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
             self._local_rank = dist.get_node_local_rank(fallback_rank=self._rank)
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        """One after the other, what the processes give (tensors of one shape, in main memory)."""
+        if self.world_size == 1:
+            return tensor
+        found = [torch.empty_like(tensor) for _ in range(self.world_size)]
+        dist.all_gather(found, tensor)
+        return torch.cat([torch.atleast_1d(part) for part in found])
+
+    def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
+        """What the processes give, in their order, on process ``dst``; None on the others."""
+        if self.world_size == 1:
+            return [obj]
+        found = [None] * self.world_size if self.rank == dst else None
+        dist.gather_object(obj, found, dst=dst)
+        return found
+
+    def barrier(self) -> None:
+        """Wait for the other processes."""
+        if self.world_size > 1:
+            dist.barrier()
 
     @property
     def device(self) -> torch.device:
