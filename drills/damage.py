@@ -9,7 +9,7 @@ from pathlib import Path
 
 from drills.outcome import Outcome
 from drills.processes import Trainer
-from drills.subject import differences, write_data, write_recipe
+from drills.subject import MODES, differences, write_data, write_recipe
 from tokenformer.train.checkpoint.folder import list_checkpoints
 
 
@@ -70,16 +70,16 @@ def lost_data(folder: Path, trainer: Trainer) -> list[Outcome]:
 
 
 def full_disk(folder: Path, trainer: Trainer) -> list[Outcome]:
-    """A file system that is full in the middle of a run, written at once and in the background."""
+    """A file system that is full in the middle of a run, written at once, by a thread and by a process."""
     data = write_data(folder)
     whole = folder / "whole"
     trainer.train(write_recipe(folder / "whole.yaml", data), whole)
-    return [_full_disk(folder, trainer, data, whole, background) for background in (False, True)]
+    return [_full_disk(folder, trainer, data, whole, mode) for mode in MODES]
 
 
-def _full_disk(folder: Path, trainer: Trainer, data: Path, whole: Path, background: bool) -> Outcome:
-    what = "written in the background" if background else "written at once"
-    place = folder / f"small-{background}"
+def _full_disk(folder: Path, trainer: Trainer, data: Path, whole: Path, mode: str | bool) -> Outcome:
+    what = f"written by a {mode}" if mode else "written at once"
+    place = folder / f"small-{mode}"
     place.mkdir()
     mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=1400k", "tmpfs", str(place)], capture_output=True, text=True
@@ -88,8 +88,8 @@ def _full_disk(folder: Path, trainer: Trainer, data: Path, whole: Path, backgrou
         return Outcome("full disk", what, [], skipped=f"no file system to fill: {mounted.stderr.strip()}")
     try:
         # every checkpoint is kept, so that the room runs out somewhere in the ladder
-        section = {"every_steps": 1, "keep_last": 99, "asynchronous": background}
-        recipe = write_recipe(folder / f"small-{background}.yaml", data, checkpoint=section)
+        section = {"every_steps": 1, "keep_last": 99, "asynchronous": mode, "when_busy": "wait"}
+        recipe = write_recipe(folder / f"small-{mode}.yaml", data, checkpoint=section)
         refused = trainer.train(recipe, place / "run")
         problems = []
         if (

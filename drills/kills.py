@@ -12,10 +12,9 @@ from statistics import mean
 from drills.child import PHASES, Kill
 from drills.outcome import Outcome
 from drills.processes import Trainer
-from drills.subject import differences, samples_of_steps, write_data, write_recipe
+from drills.subject import MODES, differences, samples_of_steps, write_data, write_recipe
 
 _KILLS_OF_A_RUN = (1, 2, 3)
-_MODES = (False, "thread", "process")
 
 
 def killed_runs(folder: Path, trainer: Trainer, runs: int, seed: int) -> list[Outcome]:
@@ -46,7 +45,11 @@ def _killed_run(
     recipe = write_recipe(
         folder / f"run-{index}.yaml",
         data,
-        checkpoint={"every_steps": draw.choice([1, 2, 3]), "asynchronous": _MODES[index % len(_MODES)]},
+        checkpoint={
+            "every_steps": draw.choice([1, 2, 3]),
+            "asynchronous": MODES[index % len(MODES)],
+            "when_busy": "wait",
+        },
     )
     kills = []
     for attempt in range(draw.choice(_KILLS_OF_A_RUN)):

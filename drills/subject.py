@@ -14,6 +14,8 @@ from tokenformer.train.checkpoint.folder import list_checkpoints
 from tokenformer.train.metrics import read_metrics
 
 STEPS = (6, 5, 5)
+MODES = (False, "thread", "process")
+"""How checkpoints are written (``checkpoint.asynchronous``)."""
 _TIMES = {"seconds", "tokens_per_second", "tokens_per_second_per_device", "seconds_left"}
 
 
