@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from drills.child import Orders
+from drills.child import Kill, Orders
 from drills.outcome import Outcome
 from drills.processes import Trainer
 from drills.subject import differences, write_data, write_recipe
@@ -65,21 +65,29 @@ def other_numbers(folder: Path, trainer: Trainer) -> list[Outcome]:
     return [Outcome("other numbers", "4 processes, then 2, then 1", problems)]
 
 
-def hung_rank(folder: Path, trainer: Trainer) -> list[Outcome]:
-    """One of two processes sleeps in a step: both end, and say which."""
+def hung_rank(folder: Path, trainer: Trainer, device: str = "cpu") -> list[Outcome]:
+    """One of two processes sleeps in a step, or is killed while nobody watches over them: the others end and say
+    which, and the run goes on."""
     data = write_data(folder)
-    parallel = {"device": "cpu", "num_threads": 1, "timeout_seconds": 20}
-    recipe = write_recipe(folder / "recipe.yaml", data, parallel=parallel)
-    out = folder / "run"
-    ends = trainer.train_ranks(recipe, out, [Orders(), Orders(sleep_step=5)])
-    problems = []
-    if {end.code for end in ends} != {LostRankError.exit_code} or not any(
-        "waiting for rank 1" in end.words for end in ends
-    ):
-        problems.append(f"exit codes {[end.code for end in ends]}: {ends[0].words}")
-    after = trainer.train_ranks(recipe, out, [Orders(), Orders()])
-    problems += [f"then: {end.words}" for end in after if end.code]
-    return [Outcome("hung rank", "rank 1 of 2 sleeps in step 5", problems)]
+    parallel = {"device": device, "num_threads": 1, "timeout_seconds": 20}
+    precision = {"deterministic": True, "compile": False}
+    recipe = write_recipe(folder / "recipe.yaml", data, parallel=parallel, precision=precision)
+    lost = LostRankError.exit_code
+    cases = (
+        ("sleeps", Orders(sleep_step=5), [lost, lost], "waiting for rank 1"),
+        ("is killed", Orders(kill=Kill("step", 5, 0.0)), [lost, -signal.SIGKILL], "lost rank 1"),
+    )
+    outcomes = []
+    for what, order, codes, words in cases:
+        out = folder / what.replace(" ", "-")
+        ends = trainer.train_ranks(recipe, out, [Orders(), order])
+        problems = []
+        if [end.code for end in ends] != codes or not any(words in end.words for end in ends):
+            problems.append(f"exit codes {[end.code for end in ends]}: {[end.words for end in ends]}")
+        after = trainer.train_ranks(recipe, out, [Orders(), Orders()])
+        problems += [f"then: {end.words}" for end in after if end.code]
+        outcomes.append(Outcome("hung rank", f"rank 1 of 2 {what} in step 5", problems))
+    return outcomes
 
 
 def sick_rank(folder: Path, trainer: Trainer, seed: int) -> list[Outcome]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,11 @@ import torch
 
 from tokenformer.language.loss import Batch, loss_sum
 from tokenformer.models.registry import build_model
+from tokenformer.train import loss_scale
+from tokenformer.train.checkpoint.contents import read_checkpoint
+from tokenformer.train.checkpoint.folder import list_checkpoints
 from tokenformer.train.config import RunConfig
+from tokenformer.train.metrics import read_metrics
 from tokenformer.train.run import train
 from tokenformer.train.step import TrainStep
 
@@ -61,3 +66,31 @@ def test_steps_do_not_wait_for_the_device(make_config: MakeConfig, tmp_path: Pat
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TrainStep, "__call__", watched)
         train(make_config("precision.compile=false"), tmp_path / "run", quiet=True)
+
+
+def test_float16_finds_its_scale_and_resumes(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps that overflow are left out until the scale fits; a resumed run has the scale and what came of it."""
+    monkeypatch.setattr(loss_scale, "INITIAL_SCALE", 2.0**40)
+    monkeypatch.setattr(loss_scale, "GROWTH_INTERVAL", 8)
+    config = make_config(
+        "precision={dtype: float16, compile: false, deterministic: true}",
+        "checkpoint={every_steps: 20, keep_last: 9, asynchronous: false}",
+        "steps=60",
+    )
+    whole = train(config, tmp_path / "whole", quiet=True)
+    assert 3 < whole.state.skipped_steps < 40
+    losses = [line["loss"] for line in read_metrics(whole.out) if line.get("loss") is not None]
+    assert losses[-1] < losses[0] - 0.5
+    shutil.copytree(whole.out, tmp_path / "run")
+    for path in list_checkpoints(tmp_path / "run")[1:]:
+        shutil.rmtree(path)
+    resumed = train(config, tmp_path / "run", resume=True, quiet=True)
+    one, other = read_checkpoint(whole.checkpoint), read_checkpoint(resumed.checkpoint)
+    assert (tmp_path / "run") in resumed.checkpoint.parents
+    names = ("loss_scale", "loss_scale_steps", "skipped_steps", "next_sample", "step")
+    assert [getattr(one.state, name) for name in names] == [getattr(other.state, name) for name in names]
+    for name, weight in one.model.state_dict().items():
+        assert torch.equal(weight, other.model.state_dict()[name]), name
+        assert torch.equal(one.moments[name]["exp_avg"], other.moments[name]["exp_avg"]), name

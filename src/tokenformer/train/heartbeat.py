@@ -21,7 +21,7 @@ from tokenformer.errors import LostRankError
 
 _SHARE_OF_TIMEOUT = 0.9  # before the collective itself gives up, whose message names no rank
 _ASKING = timedelta(seconds=5)
-_PERIODS_BEHIND = 3
+_PERIODS_BEHIND, _PERIODS_LISTENED = 3, 2.5
 
 
 class Pulse(NamedTuple):
@@ -102,11 +102,12 @@ class Heartbeat:
         except RuntimeError as error:
             if self._store is None or not _is_collective(error):
                 raise
-            where = "the first process of the run no longer answers"
-            with suppress(Exception):  # the store may be gone with it
+            lost, where = "rank 0", "it no longer answers"  # which keeps the store, unless torchrun does
+            with suppress(Exception):
+                lost = self._name_lost()
                 where = f"where the ranks were last:\n{self.diagnosis()}"
             raise LostRankError(
-                f"rank {self._rank}: lost touch with another rank in step {self._own.step}, {self._own.doing} "
+                f"rank {self._rank}: lost {lost} in step {self._own.step}, {self._own.doing} "
                 f"({str(error).splitlines()[0]}); {where}\nGo on from the last checkpoint with --resume"
             ) from error
 
@@ -115,6 +116,16 @@ class Heartbeat:
         now = time.time()
         pulses = sorted(self._ask(), key=lambda pulse: (pulse.beats, pulse.alive))
         return "\n".join(f"  {pulse.describe(now)}" for pulse in pulses)
+
+    def _name_lost(self) -> str:
+        """The ranks whose processes say nothing while this one listens; those that fail as it does still speak."""
+        before = {pulse.rank: pulse.alive for pulse in self._ask()}
+        time.sleep(_PERIODS_LISTENED * self._period)
+        silent = [pulse.rank for pulse in self._ask() if pulse.alive == before.get(pulse.rank)]
+        silent = sorted(set(silent) - {self._rank})
+        if not silent:
+            return "touch with another rank"
+        return f"rank{'s' if len(silent) > 1 else ''} {', '.join(map(str, silent))}"
 
     def __enter__(self) -> Heartbeat:
         if self._store is not None:

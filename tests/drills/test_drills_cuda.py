@@ -1,0 +1,23 @@
+"""Ranks that hang or are gone, over NCCL on two GPUs; :mod:`drills.ranks` does the same over gloo."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(sys.platform != "linux", reason="the drills look into /proc"),
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
+]
+
+from drills.processes import Trainer  # noqa: E402
+from drills.ranks import hung_rank  # noqa: E402
+
+
+def test_hung_and_lost_ranks_are_named(tmp_path: Path) -> None:
+    for outcome in hung_rank(tmp_path / "drill", Trainer(), device="cuda"):
+        assert not outcome.problems, outcome
