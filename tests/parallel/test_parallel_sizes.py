@@ -36,9 +36,9 @@ def test_filled_up(asked: tuple[int, int, int], world: int, sizes: tuple[int, in
 @pytest.mark.parametrize(
     ("asked", "world", "message"),
     [
-        ((1, -1, 3), 8, "parallel: replicate 1 x tensor 3 does not divide the 8 processes"),
-        ((2, 2, 1), 8, "parallel: replicate 2 x shard 2 x tensor 1 = 4 ranks, but 8 processes were launched"),
-        ((1, 2, 1), 1, "= 2 ranks, but 1 process was launched"),
+        ((1, -1, 3), 8, "parallel: replicate 1 x tensor 3 does not divide 8 processes"),
+        ((2, 2, 1), 8, "parallel: replicate 2 x shard 2 x tensor 1 = 4 ranks, but there are 8 processes"),
+        ((1, 2, 1), 1, "= 2 ranks, but there is 1 process"),
     ],
 )
 def test_refused(asked: tuple[int, int, int], world: int, message: str) -> None:

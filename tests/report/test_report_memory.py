@@ -7,6 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+import yaml
+
 from tokenformer.models.directory import save_model
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "published"
@@ -22,6 +25,26 @@ def test_recipe(run_command: Callable[..., Any]) -> None:
     parts = stage["bytes"]
     assert parts["weights"] == 4 * facts["model"]["parameters"]["total"]
     assert parts["peak"] > parts["weights"] + parts["moments"] + parts["activations"]
+
+
+def test_recipe_on_several_devices(run_command: Callable[..., Any], tmp_path: Path) -> None:
+    def inspect(*options: object, code: int = 0, **parallel: Any) -> Any:
+        recipe = yaml.safe_load((RECIPES / "pile-450m.yaml").read_text())
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"parallel": parallel}))
+        done = run_command("inspect", tmp_path / "recipe.yaml", "--json", *options)
+        assert done.code == code, done.err
+        return done.err if code else json.loads(done.out)["training_memory"][0]
+
+    one, eight = inspect(), inspect("--devices", 8)
+    assert (one["setup"]["shard"], eight["setup"]["shard"]) == (1, 8)
+    assert eight["bytes"]["moments"] == pytest.approx(one["bytes"]["moments"] / 8, rel=1e-6)
+    kept = inspect("--devices", 8, reshard_after_forward=False)
+    assert kept["bytes"]["workspace"] > eight["bytes"]["workspace"]
+    split = inspect(tensor=2, replicate=2)  # four devices
+    assert (split["setup"]["shard"], split["setup"]["tensor"]) == (1, 2)
+    assert split["bytes"]["weights"] < one["bytes"]["weights"]
+    assert "does not divide 3 processes" in inspect("--devices", 3, code=2, replicate=2)
+    assert "parallel.tensor: 7 ranks do not divide" in inspect(code=2, tensor=7)
 
 
 def test_model_with_options(

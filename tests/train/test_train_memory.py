@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
+from torch.distributed.device_mesh import init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from tokenformer.errors import TokenFormerError
 from tokenformer.models.config import DecoderConfig
@@ -17,7 +21,9 @@ from tokenformer.models.registry import build_model
 from tokenformer.models.tokenformer.config import TokenFormerConfig
 from tokenformer.models.transformer.config import TransformerConfig
 from tokenformer.ops import pattention_cpu
+from tokenformer.parallel.gradients import local_parts
 from tokenformer.parallel.sizes import MeshSizes
+from tokenformer.parallel.tensor import split_layers
 from tokenformer.train.activation_checkpointing import apply_activation_checkpointing
 from tokenformer.train.config import RunConfig
 from tokenformer.train.memory import TrainingSetup, _weight_copies, kept_for_backward, training_memory
@@ -48,11 +54,13 @@ def measured(config: DecoderConfig, setup: TrainingSetup) -> int:
     """Bytes of the storages that the backward of ``model.hidden`` holds, parameters aside."""
     torch.compiler.reset()
     model = build_model(config)
+    if setup.tensor > 1:
+        split_layers(model, init_device_mesh("cpu", (setup.tensor,)))
     apply_activation_checkpointing(model, setup.activation_checkpointing)
     if setup.compiled:
         for block in model.blocks:
             block.compile(dynamic=False, backend="aot_eager_decomp_partition")
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    weights = {p.untyped_storage().data_ptr() for p in local_parts(list(model.parameters()))}
     kept: dict[int, torch.Tensor] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -105,6 +113,23 @@ def test_kept_with_activation_checkpointing(mode: Any) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_kept_by_compiled_layers(kind: str, dtype: Any) -> None:
     setup = TrainingSetup(BATCH, LENGTH, dtype, compiled=True, device_type="cpu")
+    config = make_config(kind)
+    assert predicted(config, setup) == pytest.approx(measured(config, setup), rel=0.05)
+
+
+@pytest.fixture
+def two_ranks() -> Iterator[None]:
+    """One of two ranks, whose collectives do nothing: shapes are all that counts here."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_kept_by_split_layers(two_ranks: None, kind: str, dtype: Any) -> None:
+    setup = TrainingSetup(BATCH, LENGTH, dtype, compiled=True, device_type="cpu", tensor=2)
     config = make_config(kind)
     assert predicted(config, setup) == pytest.approx(measured(config, setup), rel=0.05)
 

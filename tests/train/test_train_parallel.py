@@ -120,7 +120,7 @@ def test_two_ranks_train_as_one(
     assert "after step 3" in outcomes[1][0][1]
     assert outcomes[2] == [[], []]  # resumed on another layout
     assert {kind for kind, _ in outcomes[3]} == {"TokenFormerError", "ToldElsewhere"}
-    message = "parallel: replicate 2 x tensor 2 does not divide the 2 processes that were launched"
+    message = "parallel: replicate 2 x tensor 2 does not divide 2 processes"
     assert [words for _, words in outcomes[3]] == [message] * 2
     assert not (folder / "refused").exists()
 

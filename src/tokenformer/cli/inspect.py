@@ -17,6 +17,8 @@ _EXAMPLES = """
 
 `tokenformer inspect recipes/published/pile-450m.yaml` : stages, parameters, memory of training
 
+`tokenformer inspect recipes/published/pile-1.5b.yaml --devices 8` : the same on each of 8 GPUs
+
 `tokenformer inspect runs/first/model --micro-batch-size 16 --devices 8 --activation-checkpointing full`
 
 `tokenformer inspect data/default --json`
@@ -59,7 +61,13 @@ def inspect(
         _Mode, typer.Option(help="The same: which blocks are computed again.")
     ] = _Mode.none,
     optimizer: Annotated[_Optimizer, typer.Option(help="The same.")] = _Optimizer.adamw,
-    devices: Annotated[int, typer.Option(min=1, help="The same: GPUs that shard the model.")] = 1,
+    devices: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="GPUs that shard a model; all those of a recipe's mesh. Default: 1, or what the mesh asks for.",
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as one JSON object.")] = False,
 ) -> None:
     """Show what a directory holds.
@@ -82,9 +90,9 @@ def inspect(
         dtype=dtype.value,
         activation_checkpointing=ActivationCheckpointingConfig(mode=activation_checkpointing.value),
         optimizer=optimizer.value,
-        shard=devices,
+        shard=devices or 1,
     )
-    inspection = inspect_path(path, lambda context: setup(sequence_length or context))
+    inspection = inspect_path(path, lambda context: setup(sequence_length or context), devices)
     if as_json:
         print(json.dumps(inspection.data, indent=2, ensure_ascii=False))
     else:

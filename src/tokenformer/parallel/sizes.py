@@ -50,14 +50,12 @@ def mesh_sizes(replicate: int, shard: int, tensor: int, world_size: int) -> Mesh
     given = math.prod(size for size in sizes if size != -1)
     if -1 in sizes:
         if world_size % given:
-            raise TokenFormerError(
-                f"parallel: {_describe(sizes)} does not divide the {world_size} processes that were launched"
-            )
+            raise TokenFormerError(f"parallel: {_describe(sizes)} does not divide {_count(world_size)}")
         sizes[sizes.index(-1)] = world_size // given
     if math.prod(sizes) != world_size:
-        launched = "1 process was" if world_size == 1 else f"{world_size} processes were"
         raise TokenFormerError(
-            f"parallel: {_describe(sizes)} = {math.prod(sizes)} ranks, but {launched} launched; "
+            f"parallel: {_describe(sizes)} = {math.prod(sizes)} ranks, but there "
+            f"{'is' if world_size == 1 else 'are'} {_count(world_size)}; "
             "put -1 for the size that follows from the others"
         )
     return MeshSizes(*sizes)
@@ -84,6 +82,10 @@ def _split_sizes(config: DecoderConfig) -> Iterator[tuple[str, int]]:
         yield "model.intermediate_size", config.mlp_size
     else:
         raise TokenFormerError(f"parallel.tensor: a model of class {config.class_name} cannot be split")
+
+
+def _count(processes: int) -> str:
+    return "1 process" if processes == 1 else f"{processes} processes"
 
 
 def _describe(sizes: list[int]) -> str:

@@ -31,9 +31,11 @@ class Inspection(NamedTuple):
     tables: list[Table]
 
 
-def inspect_path(path: Path | str, setup: Callable[[int], TrainingSetup] | None = None) -> Inspection:
-    """Describe what lies at ``path``; ``setup`` (of the model's context) says for which training
-    the memory of a model is predicted.
+def inspect_path(
+    path: Path | str, setup: Callable[[int], TrainingSetup] | None = None, devices: int | None = None
+) -> Inspection:
+    """Describe what lies at ``path``; ``setup`` (of the model's context) says for which training the memory of a model
+    is predicted, ``devices`` on how many that of a recipe or run (by default those that its mesh asks for).
 
     Raises:
         TokenFormerError: nothing of ours is there, or it is damaged.
@@ -48,9 +50,9 @@ def inspect_path(path: Path | str, setup: Callable[[int], TrainingSetup] | None 
     if is_adapter_directory(path):
         return Inspection(*describe_adapter(path))
     if is_run_directory(path):
-        return Inspection(*describe_run(path))
+        return Inspection(*describe_run(path, devices))
     if path.suffix in (".yaml", ".yml") and path.is_file():
-        return Inspection(*describe_recipe(path))
+        return Inspection(*describe_recipe(path, devices))
     found = "a file" if path.is_file() else "none of their files" if path.is_dir() else "nothing"
     raise TokenFormerError(
         f"{path}: found {found}; expected a model directory (config.json), a run directory (config.yaml), a training "

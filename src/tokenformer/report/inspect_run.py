@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 from tokenformer.adapters.config import EXPORT_DIRECTORY, is_adapter_directory
 from tokenformer.models.paths import is_model_directory
 from tokenformer.models.registry import load_config
+from tokenformer.parallel.sizes import check_tensor_split, mesh_sizes
 from tokenformer.progress import short_number
 from tokenformer.report.inspect_adapter import describe_adapter
 from tokenformer.report.inspect_model import config_tables, describe_config, describe_memory, memory_table
@@ -25,11 +27,11 @@ def is_run_directory(path: Path) -> bool:
     return (path / CONFIG_FILE).is_file()
 
 
-def describe_run(path: Path) -> tuple[dict[str, Any], list[Table]]:
-    """Facts and tables of a run directory.
+def describe_run(path: Path, devices: int | None = None) -> tuple[dict[str, Any], list[Table]]:
+    """Facts and tables of a run directory; memory is predicted for ``devices``, or those that its mesh asks for.
 
     Raises:
-        TokenFormerError: a damaged configuration, metrics file or checkpoint.
+        TokenFormerError: a damaged configuration, metrics file or checkpoint; a mesh that is not of ``devices``.
     """
     config = load_run_config(path / CONFIG_FILE)
     metrics = read_metrics(path) if (path / METRICS_FILE).is_file() else []
@@ -40,7 +42,7 @@ def describe_run(path: Path) -> tuple[dict[str, Any], list[Table]]:
         "stages": _stages(config),
         "metrics": {"lines": len(metrics), "latest": _latest(metrics)},
         "checkpoints": [_checkpoint_facts(found) for found in _checkpoints(path)],
-        "training_memory": _training_memory(config),
+        "training_memory": _training_memory(config, devices),
         "model": None,
     }
     tables = [_run_table(facts, config), _stage_table(facts["stages"])]
@@ -60,11 +62,12 @@ def describe_run(path: Path) -> tuple[dict[str, Any], list[Table]]:
     return facts, tables
 
 
-def describe_recipe(path: Path) -> tuple[dict[str, Any], list[Table]]:
-    """Facts and tables of a recipe: its stages, and the models and memory of training along them.
+def describe_recipe(path: Path, devices: int | None = None) -> tuple[dict[str, Any], list[Table]]:
+    """Facts and tables of a recipe: its stages, and the models and memory of training along them, on ``devices`` or
+    those that its mesh asks for.
 
     Raises:
-        TokenFormerError: no valid recipe.
+        TokenFormerError: no valid recipe, or its mesh is not of ``devices``.
     """
     config = load_run_config(path)
     facts: dict[str, Any] = {
@@ -72,7 +75,7 @@ def describe_recipe(path: Path) -> tuple[dict[str, Any], list[Table]]:
         "path": str(path),
         "config": config.model_dump(mode="json"),
         "stages": _stages(config),
-        "training_memory": _training_memory(config),
+        "training_memory": _training_memory(config, devices),
     }
     tables = [_run_table(facts, config), _stage_table(facts["stages"])]
     if config.model is not None:
@@ -98,26 +101,28 @@ def describe_checkpoint(path: Path) -> tuple[dict[str, Any], list[Table]]:
     return facts, [Table(f"training checkpoint: {path}", ("field", "value"), rows), *config_tables(facts)]
 
 
-def _training_memory(config: RunConfig) -> list[dict[str, Any]]:
+def _training_memory(config: RunConfig, devices: int | None) -> list[dict[str, Any]]:
     """Predictions for each stage, where the sizes of its model are known; on a GPU unless the CPU is asked for."""
     if config.model is None:
         return []
-    stages, on_cpu = config.resolve(), config.parallel.device == "cpu"
-    return [
-        describe_memory(
-            stage.name,
-            model,
-            stage_setup(
-                stage,
-                dtype=("float32" if on_cpu else "bfloat16")
-                if stage.precision.dtype == "auto"
-                else stage.precision.dtype,
-                compiled=not on_cpu if stage.precision.compile == "auto" else stage.precision.compile,
-                device_type="cpu" if on_cpu else "cuda",
-            ),
+    stages, parallel = config.resolve(), config.parallel
+    on_cpu = parallel.device == "cpu"
+    mesh = (parallel.replicate, parallel.shard, parallel.tensor)
+    sizes = mesh_sizes(*mesh, devices or math.prod(size for size in mesh if size != -1))
+    predictions = []
+    for stage, model in zip(stages, model_configs(config.model, stages), strict=True):
+        check_tensor_split(model, sizes.tensor)
+        precision = stage.precision
+        setup = stage_setup(
+            stage,
+            dtype=("float32" if on_cpu else "bfloat16") if precision.dtype == "auto" else precision.dtype,
+            compiled=not on_cpu if precision.compile == "auto" else precision.compile,
+            device_type="cpu" if on_cpu else "cuda",
+            sizes=sizes,
+            reshard_after_forward=parallel.reshard_after_forward,
         )
-        for stage, model in zip(stages, model_configs(config.model, stages), strict=True)
-    ]
+        predictions.append(describe_memory(stage.name, model, setup))
+    return predictions
 
 
 def _checkpoints(run: Path) -> list[Path]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 from tokenformer.models.config import DecoderConfig
 from tokenformer.models.tokenformer.config import ROLES, TokenFormerConfig
 from tokenformer.models.transformer.config import TransformerConfig
+from tokenformer.parallel.sizes import ALONE, MeshSizes
 from tokenformer.train.sections import ActivationCheckpointingConfig
 
 if TYPE_CHECKING:
@@ -74,14 +75,12 @@ def stage_setup(
     dtype: str,
     compiled: bool,
     device_type: str,
-    data: int = 1,
-    shard: int = 1,
-    tensor: int = 1,
+    sizes: MeshSizes = ALONE,
     reshard_after_forward: bool = True,
 ) -> TrainingSetup:
-    """What ``stage`` does on one device of a mesh in which ``data`` ranks share each batch."""
+    """What ``stage`` does on one device of a mesh."""
     section, optimizer = stage.data, stage.optimizer
-    share = -(-section.sequences_per_step // data)
+    share = -(-section.sequences_per_step // sizes.data)
     return TrainingSetup(
         micro_batch_size=min(share, section.sequences_per_forward),
         sequence_length=section.sequence_length,
@@ -91,8 +90,8 @@ def stage_setup(
         optimizer=optimizer.name,
         activation_checkpointing=stage.activation_checkpointing,
         accumulates=share > section.sequences_per_forward,
-        shard=shard,
-        tensor=tensor,
+        shard=sizes.shard,
+        tensor=sizes.tensor,
         reshard_after_forward=reshard_after_forward,
         trained=0.0 if optimizer.frozen_groups or optimizer.frozen_roles else 1.0,  # a lower bound
     )
@@ -160,6 +159,9 @@ def _kept_by_inner(config: DecoderConfig, setup: TrainingSetup) -> float:
         return _FLOAT * scores + rows / 4  # the scores alone
     if path == "fused":
         return width * scores + 5 * 2 * _FLOAT  # the scores, and two figures of each row
+    if setup.compiled and setup.tensor > 1 and config.norm_activation != "gelu":
+        # sums over the ranks stand between the steps, which keeps two of them in float32
+        return (2 * _FLOAT + width * (2 if config.norm_activation == "gelu_l2_norm" else 1)) * scores + rows
     if setup.compiled:
         return 2 * width * scores + rows  # scores and weights
     # the plain definition: each step between scores and weights in float32, and the weights as they are multiplied

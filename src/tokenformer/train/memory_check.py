@@ -27,6 +27,7 @@ def check_training_memory(
     device: torch.device,
     sizes: MeshSizes,
     *,
+    reshard_after_forward: bool = True,
     is_adapter: bool = False,
 ) -> None:
     """Refuse a stage whose model, moments and activations cannot fit ``device``, or whose steps would never end. Of an
@@ -40,9 +41,8 @@ def check_training_memory(
         dtype=str(compute_dtype(stage.precision, device)).removeprefix("torch."),
         compiled=wants_compile(stage.precision, device),
         device_type=device.type,
-        data=sizes.data,
-        shard=sizes.shard,
-        tensor=sizes.tensor,
+        sizes=sizes,
+        reshard_after_forward=reshard_after_forward,
     )
     memory = training_memory(config, replace(setup, trained=0.0) if is_adapter else setup)
     parameters = short_number(config.num_parameters())

@@ -85,7 +85,14 @@ def make_plan(
     models = model_configs(initial, stages, first=first)
     for model, stage in zip(models, stages[first:], strict=True):
         check_tensor_split(model, sizes.tensor)
-        check_training_memory(model, stage, device, sizes, is_adapter=config.adapter is not None)
+        check_training_memory(
+            model,
+            stage,
+            device,
+            sizes,
+            reshard_after_forward=config.parallel.reshard_after_forward,
+            is_adapter=config.adapter is not None,
+        )
     tasks = _open_tasks([stage.data for stage in stages])
     tokenizer = initial_tokenizer(config) if resume_from is None else load_tokenizer(resume_from)
     for task, model in zip(tasks[first:], models, strict=True):
