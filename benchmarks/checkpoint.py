@@ -61,10 +61,10 @@ def main() -> None:
     for place in arguments.folder:
         with tempfile.TemporaryDirectory(dir=place) as folder:
             folders[str(place or folder)] = measure(trainer, Path(folder), arguments)
-    if arguments.json:
-        about = {"machine": machine, "cpu_cores": os.cpu_count(), "torch": torch.__version__}
-        written = about | {"arguments": vars(arguments) | {"json": None}, "folders": folders}
-        arguments.json.write_text(json.dumps(written, indent=2, default=str) + "\n")
+        if arguments.json:
+            about = {"machine": machine, "cpu_cores": os.cpu_count(), "torch": torch.__version__}
+            written = about | {"arguments": vars(arguments) | {"json": None}, "folders": folders}
+            arguments.json.write_text(json.dumps(written, indent=2, default=str) + "\n")
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -56,6 +56,7 @@ class Execution:
         announce(self._run, start.model.config, start.state)
         after = start.state if plan.resume_from is not None else None
         with closing(self._climb.writer):
+            self._climb.writer.start()
             while True:
                 with self._metrics(after) as metrics:
                     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -89,6 +89,11 @@ class CheckpointWriter:
         """Whether a write in the background went wrong on this rank."""
         return self._failure is not None
 
+    def start(self) -> None:
+        """Begin the processes, if there are to be any, so that the first checkpoint need not wait for them."""
+        if self._background is not None:
+            self._background.start(exports=self._ranks.rank == 0)
+
     def write(
         self, checkpoint: TrainingCheckpoint, policy: CheckpointConfig, card: str | None = None
     ) -> None:
@@ -105,7 +110,8 @@ class CheckpointWriter:
             self._write(contents, plan, policy, card)
             self.raise_failure()
             return
-        self._background.copy(contents.tensors)
+        self.start()
+        self._background.staging.copy(contents.tensors)
         contents = replace(contents, tensors={})  # the device's memory is not the thread's to keep
         self._thread = threading.Thread(
             target=self._write, args=(contents, plan, policy, card), name="checkpoint", daemon=True
@@ -218,11 +224,21 @@ class Background:
                 self.exporting = Worker("exports models", Exporter.__module__, say=say)
         self.staging = Staging(self._memory)
 
-    def copy(self, tensors: Mapping[str, Tensor]) -> None:
-        """Begin to copy ``tensors``, and see that there is a process to write them."""
-        if self.writing is not None:
-            self.writing.start()
-        self.staging.copy(tensors)
+    def start(self, *, exports: bool) -> None:
+        """Begin the processes; that of ``exports`` where this rank makes them.
+
+        Raises:
+            TokenFormerError: the system refuses.
+        """
+        try:
+            for worker in (self.writing, self.exporting if exports else None):
+                if worker is not None:
+                    worker.start()
+        except OSError as error:
+            raise TokenFormerError(
+                f"checkpoint.asynchronous: the process for it could not be started ({error}); "
+                "checkpoint.asynchronous=thread needs none"
+            ) from error
 
     def write_share(self, directory: Path, plan: bytes) -> WrittenShare:
         """Write this rank's part of ``plan`` from the copies."""
