@@ -19,6 +19,8 @@ import pytest
 import yaml
 
 from tokenformer.errors import TokenFormerError
+from tokenformer.language.data_directory import DataDirectory
+from tokenformer.language.prepare import prepare
 from tokenformer.train.checkpoint.contents import read_checkpoint
 from tokenformer.train.checkpoint.folder import list_checkpoints
 from tokenformer.train.config import RunConfig
@@ -245,6 +247,28 @@ def _train_once(request: pytest.FixtureRequest) -> None:
         out = request.getfixturevalue("finished")
         if not out.exists():
             train(request.getfixturevalue("make_config")(), out, quiet=True)
+
+
+def test_changed_data_are_refused_by_name(
+    make_config: MakeConfig, data_directory: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(data_directory, data)
+    config = make_config(data={"path": str(data), "sequence_length": 16, "batch_tokens": 64})
+    interrupted(config, tmp_path / "run", 3)
+    checkpoint = list_checkpoints(tmp_path / "run")[-1]
+    (tmp_path / "other.txt").write_text("Another text.\n" * 900)
+    shutil.rmtree(data)
+    prepare([tmp_path / "other.txt"], data, tokenizer="byte")
+    with pytest.raises(TokenFormerError) as caught:
+        train(config, tmp_path / "run", resume=True, quiet=True)
+    former, now = (DataDirectory.open(path).identity for path in (data_directory, data))
+    for name in ("corpus_sha256", "splits.train.tokens"):
+        line = f"{data}: {name}: {former[name]!r} in the checkpoint, {now[name]!r} now"
+        assert line in str(caught.value)
+    values = yaml.safe_load(config.to_yaml()) | {"model": None, "init_from": str(checkpoint), "steps": 1}
+    after = train(RunConfig.model_validate(values), tmp_path / "new", quiet=True)
+    assert after.state.next_sample == 4, "the position means nothing in other data"
 
 
 def test_changed_stage_is_refused(ladder: RunConfig, make_config: MakeConfig, tmp_path: Path) -> None:

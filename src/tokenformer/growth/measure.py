@@ -10,13 +10,19 @@ from tokenformer.models.base import LanguageModel
 
 @torch.no_grad()
 def logit_change(before: LanguageModel, after: LanguageModel, tokens: Tensor) -> float:
-    """Largest change of a logit, in units of the spread (standard deviation) of the logits before.
+    """Largest change of a logit, in units of the spread (standard deviation) of the logits before; those of one
+    sequence exist at a time.
 
     Args:
         before: the small model.
         after: the grown one.
         tokens: [b, t] int64, on the models' device.
     """
-    old = before(tokens).logits.float()
-    new = after(tokens).logits.float()
-    return float((new - old).abs().max() / old.std())
+    changes, variances, means = [], [], []
+    for sequence in tokens.split(1):
+        old, new = before(sequence).logits.float(), after(sequence).logits.float()
+        changes.append((new - old).abs().max())
+        variances.append(old.var(correction=0))
+        means.append(old.mean())
+    spread = (torch.stack(variances).mean() + torch.stack(means).var(correction=0)).sqrt()
+    return float(torch.stack(changes).max() / spread)

@@ -103,6 +103,17 @@ class DataDirectory:
         streams = {name: _open_split(path, name, info) for name in info.splits}
         return cls(path, info, tokenizer, streams)
 
+    @property
+    def identity(self) -> dict[str, str | int]:
+        """What the samples follow from, by the names of ``dataset.json``: the same words, tokens and documents."""
+        train = self.info.splits["train"]
+        return {
+            "corpus_sha256": self.info.corpus_sha256,
+            "tokenizer_sha256": self.info.tokenizer_sha256,
+            "splits.train.documents": train.documents,
+            "splits.train.tokens": train.tokens,
+        }
+
     def check_model(self, config: DecoderConfig, tokenizer_sha256: str | None) -> None:
         """Refuse a model that cannot read these tokens; ``tokenizer_sha256`` of its tokenizer, where known.
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tokenformer.errors import TokenFormerError
 from tokenformer.train.config import RunConfig
+
+DataIdentities = Mapping[str, Mapping[str, str | int]]
+"""Of data directories, by path."""
 
 _DECISIVE = (
     "model",
@@ -50,6 +53,25 @@ def require_same_run(former: RunConfig, current: RunConfig, checkpoint: str) -> 
         raise TokenFormerError(
             f"{checkpoint}: cannot go on, the configuration has changed:\n" + "\n".join(lines) + "\n"
             "Put these back, or train to another --out (with init_from to build on this checkpoint)"
+        )
+
+
+def require_same_data(former: DataIdentities, current: DataIdentities, checkpoint: str) -> None:
+    """Refuse to go on with data directories that are others than they were, at the same paths.
+
+    Raises:
+        TokenFormerError: names each directory and what differs, with both values.
+    """
+    lines = [
+        f"  {path}: {name}: {value!r} in the checkpoint, {current[path].get(name)!r} now"
+        for path in former.keys() & current.keys()
+        for name, value in former[path].items()
+        if current[path].get(name) != value
+    ]
+    if lines:
+        raise TokenFormerError(
+            f"{checkpoint}: cannot go on, the data have changed:\n" + "\n".join(sorted(lines)) + "\n"
+            "Put them back, or train to another --out (with init_from to build on this checkpoint)"
         )
 
 

@@ -83,8 +83,9 @@ class Execution:
         )
 
     def _start(self, checkpoint: Path | None) -> Learned:
-        start = begin(self._plan.config) if checkpoint is None else go_on(checkpoint)
-        start.state = after_journal(self._plan.out, start.state)
+        plan = self._plan
+        start = begin(plan.config, plan.data) if checkpoint is None else go_on(checkpoint)
+        start.state = after_journal(plan.out, start.state.model_copy(update={"data": plan.data}))
         return start
 
     def _go_back(self, rollback: Rollback) -> Learned:

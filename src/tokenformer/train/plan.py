@@ -18,6 +18,7 @@ from tokenformer.models.registry import load_config
 from tokenformer.parallel.sizes import ALONE, MeshSizes, check_tensor_split
 from tokenformer.train.adapter import AdapterRun
 from tokenformer.train.checkpoint.ranks import Ranks
+from tokenformer.train.compare import require_same_data
 from tokenformer.train.config import RunConfig, StageConfig
 from tokenformer.train.data_section import DataConfig
 from tokenformer.train.device import compute_dtype
@@ -55,6 +56,11 @@ class RunPlan:
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of the data, the same in all stages."""
         return self.tasks[-1].data.tokenizer
+
+    @property
+    def data(self) -> dict[str, dict[str, str | int]]:
+        """What the data directories are, by path."""
+        return _identities(self.tasks)
 
 
 def make_plan(
@@ -98,6 +104,8 @@ def make_plan(
     for task, model in zip(tasks[first:], models, strict=True):
         task.check_model(model, tokenizer.sha256 if tokenizer is not None else None)
         task.check_model(model, tasks[-1].data.tokenizer.sha256)  # one tokenizer up the whole ladder
+    if resume_from is not None:
+        require_same_data(read_state(resume_from).data, _identities(tasks), str(resume_from))
     adapter = (ranks or Ranks()).first(partial(adapter_of, config, out, resume_from))
     return RunPlan(config, out, device, stages, tasks, models, first, resume_from, damaged, adapter)
 
@@ -111,6 +119,11 @@ def check_optimizers(plan: RunPlan, model: LanguageModel) -> None:
     for index, config in enumerate(plan.models, plan.first_stage):
         place = "optimizer" if plan.config.stages is None else f"stages.{index}.optimizer"
         check_roles_and_groups(plan.stages[index].optimizer, model, num_growth_groups(config), place)
+
+
+def _identities(tasks: list[LanguageModelingTask]) -> dict[str, dict[str, str | int]]:
+    parts = [part for task in tasks for part in task.data.components]
+    return {str(part.data.path): part.data.identity for part in parts}
 
 
 def _open_tasks(sections: list[DataConfig]) -> list[LanguageModelingTask]:

@@ -28,7 +28,7 @@ from tokenformer.train.checkpoint.contents import (
     read_run_config,
 )
 from tokenformer.train.checkpoint.folder import WholeCheckpoint, find_newest_whole
-from tokenformer.train.compare import require_same_run
+from tokenformer.train.compare import DataIdentities, require_same_run
 from tokenformer.train.config import CONFIG_FILE, RunConfig, parse_run_config
 from tokenformer.train.lock import is_in_use
 from tokenformer.train.optimizer import Moments
@@ -107,9 +107,10 @@ def initial_tokenizer(config: RunConfig) -> Tokenizer | None:
     return load_tokenizer(source) if (source / "tokenizer.json").is_file() else None
 
 
-def begin(config: RunConfig) -> Learned:
-    """The start of a new run. From a checkpoint, moments and counters carry on, the position in the data too where
-    it is the same data in the same order; stages are counted anew. From a model directory only the weights come."""
+def begin(config: RunConfig, data: DataIdentities) -> Learned:
+    """The start of a new run on ``data``. From a checkpoint, moments and counters carry on, the position in the data
+    too where it is the same data in the same order; stages are counted anew. From a model directory only the weights
+    come."""
     state = TrainingState(seed=config.seed, data_seed=config.data.seed)
     if config.model is not None:
         return Learned(build_model(config.model, seed=config.seed), state=state)
@@ -122,7 +123,8 @@ def begin(config: RunConfig) -> Learned:
     checkpoint = read_checkpoint(source)
     changed = {"stage": 0, "stage_step": 0, "seed": config.seed, "data_seed": config.data.seed}
     changed |= {"window_nats": 0, "window_targets": 0}
-    if not _same_stream(checkpoint, config, source):
+    same = all(data[path] == was for path, was in checkpoint.state.data.items() if path in data)
+    if not (same and _same_stream(checkpoint, config, source)):
         changed["next_sample"] = 0
     return Learned(
         checkpoint.model, checkpoint.moments, checkpoint.state.model_copy(update=changed), checkpoint.rng

@@ -37,7 +37,8 @@ class TrainingState(StrictModel):
     out because loss or gradient was not finite. ``loss_scale`` and the finite steps since it last changed are
     float16's (null where it was never used). ``rollbacks`` of the run, oldest first; ``recent_losses`` (nats a target)
     are what the next loss is compared with to tell a spike. ``window_nats`` and ``window_targets`` are the sums since
-    the last metrics line, so that the next one is of all its steps.
+    the last metrics line, so that the next one is of all its steps. ``data``: what the data directories of the run were
+    (:attr:`~tokenformer.language.data_directory.DataDirectory.identity`), by path.
     """
 
     format_version: Literal[1] = 1
@@ -57,6 +58,7 @@ class TrainingState(StrictModel):
     window_targets: NonNegativeFloat = 0.0
     seed: int = 0
     data_seed: int = 0
+    data: dict[str, dict[str, str | int]] = Field(default_factory=dict)
 
     def counters(self) -> dict[str, float]:
         """What every metrics line begins with."""
