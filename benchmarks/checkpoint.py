@@ -25,6 +25,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from itertools import cycle, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -148,7 +149,13 @@ class Round(NamedTuple):
 def measure(trainer: Trainer, folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """All rounds of one folder; prints as it goes."""
     print(f"\n{folder}", flush=True)
-    saver = Saver(trainer, folder, arguments.modes, arguments.export, wait=arguments.when_busy == "wait")
+    wait = arguments.when_busy == "wait"
+    with closing(Saver(trainer, folder, arguments.modes, arguments.export, wait=wait)) as saver:
+        return take_turns(trainer, saver, folder, arguments)
+
+
+def take_turns(trainer: Trainer, saver: Saver, folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The sides in turn, round after round."""
     about = saver.first_saves()
     about["plain_write_gb_per_second"] = plain_write(folder, about["checkpoint_bytes"])
     print(", ".join(f"{name} {value}" for name, value in about.items()), flush=True)
@@ -165,7 +172,6 @@ def measure(trainer: Trainer, folder: Path, arguments: argparse.Namespace) -> di
             f"{side:8} " + ", ".join(f"{k} {v:.4g}" for k, v in result.items() if k != "rounds_ms"),
             flush=True,
         )
-    saver.close()
     return {**about, "results": results}
 
 
@@ -179,7 +185,6 @@ class Saver:
         self._wait = wait
         self._writers = {mode: CheckpointWriter(folder / mode, mode=mode) for mode in modes}  # type: ignore[arg-type]
         self.durations: dict[str, dict[str, list[float]]] = {}
-        self._current: dict[str, list[float]] = defaultdict(list)
 
     def first_saves(self) -> dict[str, Any]:
         """The first save of each mode; its times and size."""
@@ -214,6 +219,7 @@ class Saver:
         self._writers[mode].finish()
 
     def close(self) -> None:
+        writer.write_contents, export.export_model = _write_contents, _export_model
         for saving in self._writers.values():
             saving.close()
 

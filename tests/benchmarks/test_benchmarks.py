@@ -187,12 +187,16 @@ def test_prepare(tmp_path: Path) -> None:
 def test_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written = tmp_path / "checkpoint.json"
     arguments = ("--model", "tiny", "--every", 2, "--steps", 4, "--rounds", 1, "--device", "cpu")
-    run_script(monkeypatch, "checkpoint.py", *arguments, "--json", written)
-    numbers = json.loads(written.read_text())
-    assert set(numbers["results"]) == {"none", "background", "at once"}
-    assert numbers["results"]["none"]["of_none"] == 1
-    assert all(result["ms"] > 0 for result in numbers["results"].values())
-    assert numbers["saved_bytes"] > 0
+    modes = ("--modes", "thread", "at once", "--when-busy", "wait", "--folder", tmp_path)
+    run_script(monkeypatch, "checkpoint.py", *arguments, *modes, "--json", written)
+    (numbers,) = json.loads(written.read_text())["folders"].values()
+    results = numbers["results"]
+    assert set(results) == {"none", "thread", "at once"}
+    assert results["none"]["of_none"] == 1
+    assert all(result["mean_ms"] > 0 for result in results.values())
+    assert results["at once"]["saves"] == results["at once"]["complete_in_time"] == 2
+    assert results["thread"]["left_out"] == 0
+    assert numbers["checkpoint_bytes"] > 0
 
 
 @pytest.mark.slow

@@ -85,7 +85,7 @@ class Worker:
         try:
             with there:
                 self._process = subprocess.Popen(
-                    [sys.executable, "-m", __name__, str(there.fileno()), str(os.getpid()), self._module],
+                    [sys.executable, "-P", "-m", __name__, str(there.fileno()), str(os.getpid()), self._module],
                     pass_fds=(there.fileno(), *self._descriptors),
                     env=environment,
                     stdin=subprocess.DEVNULL,
