@@ -171,6 +171,7 @@ class TestModelDirectory:
         for source, message in (
             ("transformer", "architecture: found 'transformer', which has no parameter tokens to grow"),
             ("nowhere", "nowhere: no such directory; expected a model directory"),
+            ("owner/name", "fetch it first: hf download owner/name --local-dir DIR"),
             ("data", "data: holds neither; expected a model directory"),
             ("text.txt", "text.txt: a file; expected a model directory"),
         ):
@@ -178,6 +179,15 @@ class TestModelDirectory:
             assert done.code == 2
             assert message in done.err
             assert not Path("large").exists()
+
+    def test_damaged_weights_are_said(self, run_command: Callable[..., Any]) -> None:
+        model = load_model("small")
+        with torch.no_grad():
+            model.blocks[0].ffn.value_tokens[0][1, 2] = float("nan")  # type: ignore[union-attr]
+        save_model(model, "damaged")
+        done = run_command("grow", "damaged", "--out", "large", "--factor", 2)
+        assert (done.code, "not finite (NaN or infinity)" in done.err) == (2, True)
+        assert not Path("large").exists()
 
     def test_an_output_with_content_stays(self, run_command: Callable[..., Any]) -> None:
         done = run_command("grow", "small", "--out", "data", "--factor", 2)

@@ -204,6 +204,40 @@ metadata: {{version: 3.0}}
     assert 0 <= found["acc"] <= 1
 
 
+def test_groups_of_tasks_and_examples_before_a_question(
+    tokenformer: Path, passages: Path, tmp_path: Path
+) -> None:
+    for name, fixed in (("first", ""), ("second", "num_fewshot: 0")):
+        (tmp_path / f"{name}.yaml").write_text(
+            f"""
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {passages}}}}}
+test_split: test
+fewshot_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{text}}}}"
+doc_to_choice: ["no", "yes"]
+doc_to_target: 0
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+metadata: {{version: 1.0}}
+{fixed}
+"""
+        )
+    (tmp_path / "both.yaml").write_text(
+        "group: both\ntask: [first, second]\naggregate_metric_list: [{metric: acc, weight_by_size: true}]\n"
+    )
+    result = evaluate_tasks(tokenformer, ["both"], include_paths=[tmp_path], num_fewshot=2, device="cpu")
+    assert result is not None
+    scores = {score.task: score for score in result.scores}
+    assert {name: score.num_fewshot for name, score in scores.items()} == {
+        "both": None,
+        "first": 2,
+        "second": 0,
+    }
+    assert scores["both"].value == pytest.approx((scores["first"].value + scores["second"].value) / 2)
+
+
 def test_wrong_input(tokenformer: Path, passages: Path, tmp_path: Path, run_command) -> None:
     def fails(*arguments: object) -> str:
         done = run_command("evaluate", tokenformer, *arguments)

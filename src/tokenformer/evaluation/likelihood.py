@@ -15,6 +15,9 @@ from tokenformer.models.base import LanguageModel
 _SCORED_LOGITS = 32 * 1024 * 1024
 """Logits held at a time."""
 
+_ROUND_ROWS = 16
+"""Large batches have a multiple of so many rows: numbers for which kernels need not be compiled anew."""
+
 _BATCHES_AHEAD = 2
 """Batches that a GPU may have before it while the answers of an earlier one are awaited."""
 
@@ -102,6 +105,8 @@ def _batches(
     start = 0
     while start < len(rows):
         count = batch_size or max(1, batch_tokens // len(rows[start]))
+        if count > _ROUND_ROWS and batch_size is None:
+            count -= count % _ROUND_ROWS
         yield list(rows[start : start + count])
         start += count
 

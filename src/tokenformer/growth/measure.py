@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tokenformer.errors import TokenFormerError
 from tokenformer.models.base import LanguageModel
 
 
@@ -17,6 +18,9 @@ def logit_change(before: LanguageModel, after: LanguageModel, tokens: Tensor) ->
         before: the small model.
         after: the grown one.
         tokens: [b, t] int64, on the models' device.
+
+    Raises:
+        TokenFormerError: the logits of ``before`` are not finite.
     """
     changes, variances, means = [], [], []
     for sequence in tokens.split(1):
@@ -25,4 +29,8 @@ def logit_change(before: LanguageModel, after: LanguageModel, tokens: Tensor) ->
         variances.append(old.var(correction=0))
         means.append(old.mean())
     spread = (torch.stack(variances).mean() + torch.stack(means).var(correction=0)).sqrt()
+    if not torch.isfinite(spread):
+        raise TokenFormerError(
+            "grow: the model's logits are not finite (NaN or infinity); its weights may be damaged"
+        )
     return float(torch.stack(changes).max() / spread)

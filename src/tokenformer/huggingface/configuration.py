@@ -45,6 +45,11 @@ class NativeConfig(PretrainedConfig):
         fields = {name: getattr(self, name) for name in _field_names(self.native_class)}
         return validate(self.native_class, fields, source=type(self).__name__)
 
+    def follow(self, native: DecoderConfig) -> None:
+        """Take over all fields of the model's own configuration, whose groups can have changed in place."""
+        for name, value in native.model_dump(mode="json", include=_field_names(self.native_class)).items():
+            setattr(self, name, value)
+
     def to_diff_dict(self) -> dict[str, Any]:
         """What ``save_pretrained`` writes: the ``config.json`` of a model directory, ``auto_map`` included."""
         values = self.native().to_json() | {"auto_map": auto_map(self.model_type)}

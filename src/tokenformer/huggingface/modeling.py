@@ -183,7 +183,17 @@ class _ForCausalLM(PreTrainedModel, GenerationMixin):
         return (model, info) if wanted else model
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """As in transformers; with a model card, unless there is one, and the files that ``auto_map`` names."""
+        """As in transformers; with a model card, unless there is one, and the files that ``auto_map`` names.
+
+        Raises:
+            TokenFormerError: an adapter is on top, so that it is not plain which model is meant.
+        """
+        if self.language_model.adapters:
+            raise TokenFormerError(
+                "save_pretrained: an adapter is on top of this model; make it a part of the model with "
+                "tokenformer.merge_adapters(model.language_model) first, or take it off with remove_adapters"
+            )
+        self.config.follow(self.language_model.config)
         if Path(save_directory).is_dir() or not Path(save_directory).exists():
             write_beside(self.config, Path(save_directory))
         super().save_pretrained(save_directory, *args, **kwargs)

@@ -21,6 +21,11 @@ MODEL_FILES = (
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
+def is_hub_name(source: str) -> bool:
+    """Whether ``source`` has the form ``owner/name``."""
+    return _NAME.fullmatch(source) is not None
+
+
 def local_or_hub(
     source: Path | str, *, files: tuple[str, ...] = MODEL_FILES, revision: str | None = None
 ) -> Path:
@@ -36,7 +41,7 @@ def local_or_hub(
         TokenFormerError: the hub cannot be reached, or has no such repository or revision.
     """
     path = Path(source)
-    if not isinstance(source, str) or path.exists() or not _NAME.fullmatch(source):
+    if not isinstance(source, str) or path.exists() or not is_hub_name(source):
         if revision is not None:
             raise TokenFormerError(f"revision: '{revision}', but {source} is no repository of the hub")
         return path

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tokenformer.errors import TokenFormerError
 from tokenformer.files import read_json
+from tokenformer.models.hub import is_hub_name
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -33,7 +34,7 @@ def resolve_model_directory(path: Path | str) -> Path:
         return path / "model"
     expected = "expected a model directory (with config.json) or a run directory (with model/config.json)"
     if not path.exists():
-        raise TokenFormerError(f"{path}: no such directory; {expected}")
+        raise TokenFormerError(f"{path}: no such directory; {expected}{_from_hub(path)}")
     if not path.is_dir():
         raise TokenFormerError(f"{path}: a file; {expected}")
     if (path / "adapter_config.json").is_file() or (path / "adapter").is_dir():
@@ -43,6 +44,12 @@ def resolve_model_directory(path: Path | str) -> Path:
     if (path / "config.yaml").is_file():
         raise TokenFormerError(f"{path}: this run has not written its model/ yet; {expected}")
     raise TokenFormerError(f"{path}: holds neither; {expected}")
+
+
+def _from_hub(path: Path) -> str:
+    if not is_hub_name(str(path)):
+        return ""
+    return f"; if that is a model of the Hugging Face hub, fetch it first: hf download {path} --local-dir DIR"
 
 
 def weight_files(directory: Path) -> list[Path]:

@@ -28,7 +28,7 @@ from tokenformer.models.paths import resolve_model_directory
 from tokenformer.progress import progress_bar
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
+_BATCH_TOKENS = {"cpu": 4096, "cuda": 65536}
 _NEW_TOKENS = 256  # the harness's own default
 
 

@@ -6,15 +6,18 @@ import datetime
 import logging
 import math
 import os
+import random
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import lm_eval
+import numpy as np
 import torch
+from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 
 from tokenformer.errors import TokenFormerError
 from tokenformer.evaluation.harness.find_tasks import find_tasks
@@ -94,15 +97,14 @@ def evaluate_tasks(
         model, device=device, dtype=dtype, batch_size=batch_size, max_length=max_length, adapter=adapters
     )
     loaded = _load(manager, wanted)
+    _prepare(loaded["tasks"].values(), num_fewshot)
     with _quiet():
-        found: Mapping[str, Any] | None = lm_eval.simple_evaluate(
-            model=harness_model,
-            tasks=loaded,
-            num_fewshot=num_fewshot,
+        found: Mapping[str, Any] | None = lm_eval.evaluate(
+            lm=harness_model,
+            task_dict=loaded,
             limit=limit,
             bootstrap_iters=BOOTSTRAP_ITERATIONS,
             log_samples=False,
-            task_manager=manager,
         )
     if found is None:
         return None
@@ -137,10 +139,10 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _load(manager: Any, wanted: Sequence[str | dict[str, Any]]) -> list[Any]:
-    """The tasks with their data, so that a dataset out of reach is said before anything is scored."""
+def _load(manager: Any, wanted: Sequence[str | dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Tasks, and groups of them, by name, with their data: one out of reach is said before anything is scored."""
     try:
-        loaded = manager.load(list(wanted))
+        loaded: dict[str, dict[str, Any]] = manager.load(list(wanted))
     except Exception as error:  # the hub's and the datasets library's own types, and plain ones
         names = ", ".join(name if isinstance(name, str) else name["task"] for name in wanted)
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -149,7 +151,20 @@ def _load(manager: Any, wanted: Sequence[str | dict[str, Any]]) -> list[Any]:
             "from the Hugging Face hub. With local files, describe them in a task file and name its folder with "
             "--include-path, or use lambada_jsonl=FILE"
         ) from error
-    return [*loaded["groups"].values(), *(task for task in loaded["tasks"].values())]
+    return loaded
+
+
+def _prepare(tasks: Iterable[Any], num_fewshot: int | None) -> None:
+    """Seeds and examples before each question, as ``lm_eval.simple_evaluate`` sets them; that also collects facts about
+    the machine, which takes many seconds, and asks git for a version on standard error."""
+    random.seed(DEFAULT_RANDOM_SEED)
+    np.random.seed(DEFAULT_OTHER_SEED)  # noqa: NPY002  # tasks draw from the global one
+    torch.manual_seed(DEFAULT_OTHER_SEED)
+    for task in tasks:
+        by_default = task.get_config("num_fewshot")
+        if by_default is None or (num_fewshot is not None and by_default != 0):
+            task.set_config(key="num_fewshot", value=num_fewshot or 0)
+        task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
 
 
 def _scores(found: Mapping[str, Any]) -> list[TaskScore]:
