@@ -90,6 +90,37 @@ def test_copy_is_that_of_its_step(checkpoint: TrainingCheckpoint, tmp_path: Path
         assert all((parameter == step).all() for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_each_update_is_told_before_it_changes_anything(
+    make_config: MakeConfig, tmp_path: Path, optimizer: str
+) -> None:
+    """That is when the device waits for the copy of the last checkpoint."""
+    told = []
+
+    def before_update(self: CheckpointWriter) -> None:
+        told.append(self.is_writing())
+
+    with mock.patch.object(CheckpointWriter, "before_update", before_update):
+        config = make_config("steps=3", f"optimizer.name={optimizer}", "checkpoint.asynchronous=true")
+        train(config, tmp_path / "run", quiet=True)
+    assert told == [False] * 3
+
+
+def test_without_shared_memory_a_thread_writes(checkpoint: TrainingCheckpoint, tmp_path: Path) -> None:
+    said: list[str] = []
+    refused = OSError(24, "Too many open files")
+    with mock.patch("os.memfd_create", side_effect=refused, create=True):
+        writer = CheckpointWriter(tmp_path, mode="process", say=said.append)
+    writer.write(at(checkpoint, 1), CheckpointConfig(), card="A card.")
+    fill(checkpoint, -1.0)
+    writer.finish()
+    writer.close()
+    assert "written by a thread of the training" in said[0]
+    assert "Too many open files" in said[0]
+    assert not any((p == -1).all() for p in read_checkpoint(checkpoint_path(tmp_path, 1)).model.parameters())
+    assert (tmp_path / "model" / "model.safetensors").is_file()
+
+
 def test_due_while_the_former_is_being_written_is_left_out(
     make_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -60,20 +60,26 @@ class Worker:
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
         self._closed = False
+        self._starting = threading.Lock()
 
     @property
     def pid(self) -> int | None:
         """Of the process, None where there is none."""
         return None if self._process is None else self._process.pid
 
-    def start(self) -> None:
-        """Begin the process, without waiting until it is ready.
+    def start(self) -> Connection:
+        """Begin the process, if there is none, without waiting until it is ready.
 
         Raises:
             OSError: the system refuses another process.
         """
-        if self._process is not None:
-            return
+        with self._starting:
+            if self._process is None or self._connection is None:
+                self._process, self._connection = self._begin()
+                self._closed = False
+            return self._connection
+
+    def _begin(self) -> tuple[subprocess.Popen[bytes], Connection]:
         here, there = socket.socketpair()
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),  # noqa: PTH109
@@ -84,8 +90,16 @@ class Worker:
         former = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:
             with there:
-                self._process = subprocess.Popen(
-                    [sys.executable, "-P", "-m", __name__, str(there.fileno()), str(os.getpid()), self._module],
+                process = subprocess.Popen(
+                    [
+                        sys.executable,
+                        "-P",
+                        "-m",
+                        __name__,
+                        str(there.fileno()),
+                        str(os.getpid()),
+                        self._module,
+                    ],
                     pass_fds=(there.fileno(), *self._descriptors),
                     env=environment,
                     stdin=subprocess.DEVNULL,
@@ -96,8 +110,7 @@ class Worker:
             raise
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, former)
-        self._connection = Connection(here.detach())
-        self._closed = False
+        return process, Connection(here.detach())
 
     def call(self, function: Callable[..., Value], *arguments: Any) -> Value:
         """``function(*arguments)`` in the process; the function is one of a module's, arguments and value are pickled.
@@ -108,11 +121,10 @@ class Worker:
         """
         ends: list[str] = []
         for _ in range(_ATTEMPTS):
-            self.start()
-            assert self._connection is not None
+            connection = self.start()
             try:
-                self._connection.send((function, arguments))
-                value, error = self._connection.recv()
+                connection.send((function, arguments))
+                value, error = connection.recv()
             except (EOFError, OSError):
                 ends.append(self._bury())
                 if self._closed:
@@ -130,16 +142,16 @@ class Worker:
         """End the process, in the middle of its call if there is one."""
         self._closed = True
         if self._connection is not None:
-            with suppress(
-                OSError
-            ):  # a thread that waits for the answer wakes up, and the process sees the end
-                socket.socket(fileno=os.dup(self._connection.fileno())).shutdown(socket.SHUT_RDWR)
+            # a thread that waits for an answer wakes up, and the process sees the end
+            with suppress(OSError), socket.socket(fileno=os.dup(self._connection.fileno())) as line:
+                line.shutdown(socket.SHUT_RDWR)
         self._bury()
 
     def _bury(self) -> str:
         """Wait for the end of the process, and say how it ended."""
-        process, self._process = self._process, None
-        connection, self._connection = self._connection, None
+        with self._starting:
+            process, self._process = self._process, None
+            connection, self._connection = self._connection, None
         if process is None:
             return "is gone"
         if connection is not None:
