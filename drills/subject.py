@@ -13,15 +13,29 @@ from tokenformer.train.checkpoint.contents import read_checkpoint
 from tokenformer.train.checkpoint.folder import list_checkpoints
 from tokenformer.train.metrics import read_metrics
 
+MODEL = {
+    "architecture": "tokenformer",
+    "vocab_size": 384,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "qkv_param_tokens": 8,
+    "proj_param_tokens": 8,
+    "ffn_param_tokens": 16,
+    "max_position_embeddings": 32,
+}
+"""So small that a step takes milliseconds."""
+
 STEPS = (6, 5, 5)
 MODES = (False, "thread", "process")
 """How checkpoints are written (``checkpoint.asynchronous``)."""
 _TIMES = {"seconds", "tokens_per_second", "tokens_per_second_per_device", "seconds_left"}
 
 
-def write_data(folder: Path) -> Path:
-    """A data directory with more windows than the run reads, so that no window comes twice."""
-    text = "\n".join(f"{i} squared is {i * i}, and {i} plus {i} is {i + i}." for i in range(800))
+def write_data(folder: Path, lines: int = 800) -> Path:
+    """A data directory of byte tokens; of as many lines it has more windows than the run reads, so that none comes
+    twice."""
+    text = "\n".join(f"{i} squared is {i * i}, and {i} plus {i} is {i + i}." for i in range(lines))
     folder.mkdir(parents=True)
     (folder / "text.txt").write_text(text)
     prepare([folder / "text.txt"], folder / "data", tokenizer="byte")
@@ -31,17 +45,7 @@ def write_data(folder: Path) -> Path:
 def write_recipe(path: Path, data: Path, **changes: Any) -> Path:
     """The recipe of the run; ``changes`` replace top-level sections."""
     values: dict[str, Any] = {
-        "model": {
-            "architecture": "tokenformer",
-            "vocab_size": 384,
-            "hidden_size": 16,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "qkv_param_tokens": 8,
-            "proj_param_tokens": 8,
-            "ffn_param_tokens": 16,
-            "max_position_embeddings": 32,
-        },
+        "model": MODEL,
         "data": {"path": str(data), "sequence_length": 32, "batch_tokens": 256},
         "optimizer": {"lr": 1e-2},
         "evaluation": {"every_steps": 4, "max_tokens": 512},

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from drills.subject import MODEL, write_data
 
-from tokenformer.language.prepare import prepare
 from tokenformer.train.checkpoint.manifest import MANIFEST_FILE, describe_files, write_manifest
 from tokenformer.train.config import RunConfig
 from tokenformer.train.yaml_source import apply_overrides
@@ -20,11 +20,7 @@ MakeConfig = Callable[..., RunConfig]
 @pytest.fixture(scope="session")
 def data_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Byte tokens of a few hundred lines with some structure in them."""
-    folder = tmp_path_factory.mktemp("corpus")
-    text = "\n".join(f"{i} squared is {i * i}, and {i} plus {i} is {i + i}." for i in range(600))
-    (folder / "text.txt").write_text(text)
-    prepare([folder / "text.txt"], folder / "data", tokenizer="byte")
-    return folder / "data"
+    return write_data(tmp_path_factory.mktemp("corpus") / "corpus", lines=600)
 
 
 @pytest.fixture(scope="session")
@@ -33,17 +29,7 @@ def make_config(data_directory: Path) -> MakeConfig:
 
     def make(*overrides: str, **sections: Any) -> RunConfig:
         values: dict[str, Any] = {
-            "model": {
-                "architecture": "tokenformer",
-                "vocab_size": 384,
-                "hidden_size": 16,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 2,
-                "qkv_param_tokens": 8,
-                "proj_param_tokens": 8,
-                "ffn_param_tokens": 16,
-                "max_position_embeddings": 32,
-            },
+            "model": dict(MODEL),
             "data": {"path": str(data_directory), "sequence_length": 16, "batch_tokens": 64},
             "optimizer": {"lr": 1e-2},
             "evaluation": {"every_steps": None, "max_tokens": 256},
