@@ -88,13 +88,13 @@ def on_two_ranks(
 ) -> TwoRanks:
     """All trainings of two ranks that the tests below look at, in one launch."""
     ladder, short, spike = configs["ladder"], configs["short"], configs["spike"]
-    replicated = {"replicate": 2, "shard": 1}
+    replicated, zero_2 = {"replicate": 2, "shard": 1}, {"reshard_after_forward": False}
     jobs: list[tuple[str, dict[str, Any]]] = [
         ("sharded", {"config": layout(ladder, shard=2)}),
         ("stopped", {"config": layout(ladder, replicate=2), "stop_after": 3}),
         ("stopped", {"config": layout(ladder, tensor=2), "in_parts": True}),
         ("refused", {"config": layout(ladder, tensor=2, replicate=2)}),
-        ("nan sharded", {"config": layout(short, shard=2), "nan_steps": NAN_STEPS}),
+        ("nan sharded", {"config": layout(short, shard=2, **zero_2), "nan_steps": NAN_STEPS}),
         ("nan replicated", {"config": layout(short, **replicated), "nan_steps": NAN_STEPS}),
         ("nan split", {"config": layout(short, tensor=2), "nan_steps": NAN_STEPS}),
         ("hopeless", {"config": layout(short, shard=2), "nan_steps": [2, 3, 4, 5]}),
