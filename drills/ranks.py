@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from drills.child import Kill, Orders
 from drills.outcome import Outcome
@@ -23,10 +24,9 @@ _TIMEOUT = 600.0
 _TOLERANCE = 1e-5
 
 
-def lost_ranks(folder: Path, runs: int, seed: int) -> list[Outcome]:
+def lost_ranks(folder: Path, runs: int, seed: int, device: str = "cpu") -> list[Outcome]:
     """``torchrun --max-restarts`` of two processes, one of which is killed at a random moment."""
-    data = write_data(folder)
-    recipe = write_recipe(folder / "recipe.yaml", data)
+    recipe = _recipe(folder, device)
     whole = folder / "whole"
     code, words = _torchrun(recipe, whole, None)
     if code:
@@ -68,10 +68,7 @@ def other_numbers(folder: Path, trainer: Trainer) -> list[Outcome]:
 def hung_rank(folder: Path, trainer: Trainer, device: str = "cpu") -> list[Outcome]:
     """One of two processes sleeps in a step, or is killed while nobody watches over them: the others end and say
     which, and the run goes on."""
-    data = write_data(folder)
-    parallel = {"device": device, "num_threads": 1, "timeout_seconds": 20}
-    precision = {"deterministic": True, "compile": False}
-    recipe = write_recipe(folder / "recipe.yaml", data, parallel=parallel, precision=precision)
+    recipe = _recipe(folder, device, timeout_seconds=20)
     lost = LostRankError.exit_code
     cases = (
         ("sleeps", Orders(sleep_step=5), [lost, lost], "waiting for rank 1"),
@@ -109,6 +106,12 @@ def sick_rank(folder: Path, trainer: Trainer, seed: int) -> list[Outcome]:
         trainer.train_ranks(recipe, folder / "one", [Orders(nan_step=step)])
         problems += _unlike(folder / "run", folder / "one")
     return [Outcome("sick rank", f"NaN on rank {rank} of 2 in step {step}", problems)]
+
+
+def _recipe(folder: Path, device: str, **parallel: Any) -> Path:
+    parallel |= {"device": device, "num_threads": 1}
+    precision = {"deterministic": True, "compile": False}
+    return write_recipe(folder / "recipe.yaml", write_data(folder), parallel=parallel, precision=precision)
 
 
 def _unlike(run: Path, whole: Path) -> list[str]:

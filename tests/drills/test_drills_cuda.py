@@ -15,9 +15,14 @@ pytestmark = [
 ]
 
 from drills.processes import Trainer  # noqa: E402
-from drills.ranks import hung_rank  # noqa: E402
+from drills.ranks import hung_rank, lost_ranks  # noqa: E402
 
 
 def test_hung_and_lost_ranks_are_named(tmp_path: Path) -> None:
     for outcome in hung_rank(tmp_path / "drill", Trainer(), device="cuda"):
         assert not outcome.problems, outcome
+
+
+def test_restart_after_a_lost_rank(tmp_path: Path) -> None:
+    (outcome,) = lost_ranks(tmp_path / "drill", runs=1, seed=0, device="cuda")
+    assert not outcome.problems, outcome
