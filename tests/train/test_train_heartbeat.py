@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from tokenformer.errors import LostRankError
 from tokenformer.train.heartbeat import Heartbeat
 
 
@@ -67,6 +68,21 @@ def test_silent_process_is_named(ranks: Ranks) -> None:
         time.sleep(2.5)
     assert set(ranks.ended) == {0, 2}
     assert all("waiting for rank 1" in message for message in ranks.ended.values())
+
+
+def test_collective_that_fails_names_the_silent_rank(ranks: Ranks) -> None:
+    """Those that fail with it speak on until they have listened."""
+    with ranks.beats[0], ranks.beats[2]:
+        with ranks.beats[1]:
+            for heart in ranks.beats:
+                heart.beat(7, "computing")
+        with pytest.raises(LostRankError) as caught, ranks.beats[0].explaining():
+            raise RuntimeError("gloo: Connection closed by peer. This is typically caused by something")
+    message = str(caught.value)
+    assert "rank 0: lost rank 1 in step 7, computing (gloo: Connection closed by peer); where" in message
+    assert all(f"rank {rank} (process" in message for rank in range(3))
+    with pytest.raises(RuntimeError, match="another"), ranks.beats[0].explaining():
+        raise RuntimeError("another fault")
 
 
 def test_process_alone_does_nothing(tmp_path: Path) -> None:

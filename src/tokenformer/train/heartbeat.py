@@ -82,6 +82,7 @@ class Heartbeat:
         self._period = min(_ASKING.total_seconds(), timeout / 20)
         self._end = end or _end_process
         self._stopped = threading.Event()
+        self._stays = False
         self._thread: threading.Thread | None = None
         now = time.time()
         self._own = Pulse(rank, socket.gethostname(), os.getpid(), 0, 0, "starting", now, now, _place())
@@ -108,7 +109,7 @@ class Heartbeat:
                 where = f"where the ranks were last:\n{self.diagnosis()}"
             raise LostRankError(
                 f"rank {self._rank}: lost {lost} in step {self._own.step}, {self._own.doing} "
-                f"({str(error).splitlines()[0]}); {where}\nGo on from the last checkpoint with --resume"
+                f"({_in_short(error)}); {where}\nGo on from the last checkpoint with --resume"
             ) from error
 
     def diagnosis(self) -> str:
@@ -119,6 +120,7 @@ class Heartbeat:
 
     def _name_lost(self) -> str:
         """The ranks whose processes say nothing while this one listens; those that fail as it does still speak."""
+        self._stays = True  # what is told is where it failed
         before = {pulse.rank: pulse.alive for pulse in self._ask()}
         time.sleep(_PERIODS_LISTENED * self._period)
         silent = [pulse.rank for pulse in self._ask() if pulse.alive == before.get(pulse.rank)]
@@ -150,7 +152,7 @@ class Heartbeat:
             except (dist.DistError, RuntimeError) as error:
                 if self._stopped.wait(self._limit):  # the process that keeps the store is gone, or is leaving
                     return
-                self._end(f"the first process of the run no longer answers ({str(error).splitlines()[0]})")
+                self._end(f"the first process of the run no longer answers ({_in_short(error)})")
                 return
             if behind is not None:
                 message = (
@@ -174,7 +176,8 @@ class Heartbeat:
 
     def _tell(self) -> None:
         assert self._store is not None
-        self._own = self._own._replace(alive=time.time(), place=_place())
+        place = self._own.place if self._stays else _place()
+        self._own = self._own._replace(alive=time.time(), place=place)
         self._store.set(str(self._rank), json.dumps(self._own))
 
     def _ask(self) -> list[Pulse]:
@@ -192,6 +195,11 @@ def _place() -> str:
     """The innermost line of Python that the main thread is at."""
     frame = sys._current_frames()[threading.main_thread().ident or 0]
     return f"{frame.f_code.co_qualname} ({Path(frame.f_code.co_filename).name}:{frame.f_lineno})"
+
+
+def _in_short(error: Exception) -> str:
+    """The first sentence; advice of libraries follows it."""
+    return str(error).splitlines()[0].split(". ")[0]
 
 
 def _is_collective(error: RuntimeError) -> bool:
