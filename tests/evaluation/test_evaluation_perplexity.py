@@ -207,3 +207,39 @@ def test_wikitext_s_word_perplexity_against_a_plain_computation(
     assert result.evaluation.bits_per_byte == pytest.approx(
         nats / math.log(2) / len(text.encode("utf-8")), rel=1e-6
     )
+
+
+@pytest.mark.slow
+def test_all_of_wikitext_against_brute_force(make_tokenformer, shared: Path, tmp_path: Path) -> None:
+    """The whole test split of WikiText-2 in every form, each against one window after the other by hand."""
+    text = (shared / "data" / "wikitext-2" / "test.txt").read_text("utf-8")
+    (tmp_path / "few.txt").write_text(text[:100_000], encoding="utf-8")
+    tokenizer = (
+        prepare([tmp_path / "few.txt"], tmp_path / "few", tokenizer="bpe:1024").path / "tokenizer.json"
+    )
+    source = f"preset:wikitext-2={shared / 'data' / 'wikitext-2'}"
+    data = prepare([source], tmp_path / "data", tokenizer=str(tokenizer))
+    store, end = data.split("test"), data.tokenizer.eos_token_id
+    documents = [store.document(number).tolist()[:-1] for number in range(store.num_documents)]
+    assert "".join(map(data.tokenizer.decode, documents)) == text
+    network = make_tokenformer(vocab_size=1024, max_position_embeddings=512, seed=4)
+    with torch.no_grad():
+        network.embedding.weight.mul_(30)  # predictions that differ from place to place
+    model = save_model(network, tmp_path / "model", tokenizer=data.tokenizer)
+    stream = [token for document in documents for token in (*document, end)]
+    begun = [[end, *document] for document in documents]
+    words = len(text.replace("\n", " <eos> ").split())
+    assert words == 245_569
+    first = len(data.tokenizer.decode(stream[:1]).encode())
+    for texts, options, text_bytes in (
+        ([stream], {}, len(text.encode()) - first),
+        ([stream], {"stride": 200}, len(text.encode()) - first),
+        (begun, {"per_document": True, "stride": 256}, len(text.encode())),
+    ):
+        result = evaluate_model(model, data.path, split="test", word_perplexity=True, **options)  # type: ignore[arg-type]
+        nats = nats_of_texts(network, texts, 512, options.get("stride", 512))
+        assert result.evaluation.tokens == sum(map(len, texts)) - len(texts)
+        assert result.evaluation.bytes == text_bytes
+        assert result.evaluation.nats == pytest.approx(nats, rel=1e-6)
+        assert result.evaluation.bits_per_byte == pytest.approx(nats / math.log(2) / text_bytes, rel=1e-6)
+        assert result.word_perplexity == pytest.approx(math.exp(nats / words), rel=1e-4)
