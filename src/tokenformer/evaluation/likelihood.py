@@ -22,11 +22,14 @@ _BATCHES_AHEAD = 2
 """Batches that a GPU may have before it while the answers of an earlier one are awaited."""
 
 
-class Continuation(NamedTuple):
-    """Token ids to score, and those before them (at least one)."""
+Ids = Sequence[int] | np.ndarray
 
-    context: Sequence[int]
-    tokens: Sequence[int]
+
+class Continuation(NamedTuple):
+    """Token ids to score, and those before them (at least one); lists or integer arrays."""
+
+    context: Ids
+    tokens: Ids
 
 
 class Likelihood(NamedTuple):
@@ -63,24 +66,24 @@ def log_likelihoods(
     Raises:
         ValueError: an empty context or continuation, or a continuation longer than ``max_length``.
     """
-    rows: dict[tuple[int, ...], list[int]] = {}
+    rows: dict[bytes, _Row] = {}
     for number, request in enumerate(requests):
-        rows.setdefault(_row(request, max_length), []).append(number)
+        tokens = _input(request, max_length)
+        rows.setdefault(tokens.tobytes(), _Row(tokens, [])).requests.append(number)
     answers: list[Likelihood | None] = [None] * len(requests)
     device = next(model.parameters()).device
-    running: deque[_Running] = deque()
+    running: deque[_Scored] = deque()
 
     def take_oldest() -> None:
-        numbers, found = running.popleft()
-        for number, answer in zip(numbers, found.fetch(), strict=True):
+        found = running.popleft()
+        for number, answer in zip(found.requests, found.fetch(), strict=True):
             answers[number] = answer
-        on_done(len(numbers))
+        on_done(len(found.requests))
 
+    by_length = sorted(rows.values(), key=lambda row: len(row.tokens), reverse=True)
     with torch.inference_mode():
-        for batch in _batches(sorted(rows, key=len, reverse=True), batch_tokens, batch_size):
-            answered = [(place, number) for place, row in enumerate(batch) for number in rows[row]]
-            scored = [(place, requests[number].tokens) for place, number in answered]
-            running.append(([number for _, number in answered], _score(model, batch, scored, device)))
+        for batch in _batches(by_length, batch_tokens, batch_size):
+            running.append(_score(model, batch, requests, device))
             if len(running) > _BATCHES_AHEAD:
                 take_oldest()
         while running:
@@ -88,70 +91,72 @@ def log_likelihoods(
     return [answer for answer in answers if answer is not None]
 
 
-def _row(request: Continuation, max_length: int) -> tuple[int, ...]:
+class _Row(NamedTuple):
+    """An input of the model [t] int64, and the numbers of the requests that end with it."""
+
+    tokens: np.ndarray
+    requests: list[int]
+
+
+def _input(request: Continuation, max_length: int) -> np.ndarray:
     """What the model sees: context and continuation but its last token, the last ``max_length`` of them."""
-    if not request.context or not 1 <= len(request.tokens) <= max_length:
+    if not len(request.context) or not 1 <= len(request.tokens) <= max_length:
         raise ValueError(
             f"request: found {len(request.context)} tokens of context and {len(request.tokens)} to score, "
             f"expected at least 1 and 1 to {max_length}"
         )
-    return tuple([*request.context, *request.tokens][-max_length - 1 : -1])
+    return np.concatenate((request.context, request.tokens))[-max_length - 1 : -1].astype(
+        np.int64, copy=False
+    )
 
 
-def _batches(
-    rows: Sequence[tuple[int, ...]], batch_tokens: int, batch_size: int | None
-) -> Iterator[list[tuple[int, ...]]]:
+def _batches(rows: Sequence[_Row], batch_tokens: int, batch_size: int | None) -> Iterator[Sequence[_Row]]:
     """Consecutive rows, the longest first: what fits into memory at first fits to the end."""
     start = 0
     while start < len(rows):
-        count = batch_size or max(1, batch_tokens // len(rows[start]))
+        count = batch_size or max(1, batch_tokens // len(rows[start].tokens))
         if count > _ROUND_ROWS and batch_size is None:
             count -= count % _ROUND_ROWS
-        yield list(rows[start : start + count])
+        yield rows[start : start + count]
         start += count
 
 
 class _Scored(NamedTuple):
     """Log-probability (float64) and whether it is the likeliest, of every scored token of a batch, [p] each, where they
-    were computed; and how many tokens each answer has."""
+    were computed; of which requests, and where the tokens of each begin."""
 
     nats: Tensor
     greedy: Tensor
-    lengths: list[int]
+    requests: list[int]
+    starts: np.ndarray
 
     def fetch(self) -> list[Likelihood]:
         """The answers, once they are there."""
-        nats, greedy = self.nats.cpu().split(self.lengths), self.greedy.cpu().split(self.lengths)
-        return [
-            Likelihood(sums.sum().item(), bool(hits.all())) for sums, hits in zip(nats, greedy, strict=True)
-        ]
-
-
-_Running = tuple[list[int], _Scored]
+        nats = np.add.reduceat(self.nats.cpu().numpy(), self.starts).tolist()
+        greedy = np.logical_and.reduceat(self.greedy.cpu().numpy(), self.starts).tolist()
+        return list(map(Likelihood, nats, greedy))
 
 
 def _score(
-    model: LanguageModel,
-    batch: Sequence[tuple[int, ...]],
-    scored: Sequence[tuple[int, Sequence[int]]],
-    device: torch.device,
+    model: LanguageModel, batch: Sequence[_Row], requests: Sequence[Continuation], device: torch.device
 ) -> _Scored:
-    """The answer for each (row of ``batch``, tokens that end after it); nothing here waits for a GPU."""
-    longest = len(batch[0])
+    """What the requests of ``batch`` get; nothing here waits for a GPU."""
+    longest = len(batch[0].tokens)
     rows = np.zeros((len(batch), longest), dtype=np.int64)
+    numbers, places, targets = [], [], []
     for place, row in enumerate(batch):
-        rows[place, : len(row)] = row
-    lengths = [len(continuation) for _, continuation in scored]
-    places = np.concatenate(
-        [
-            np.arange(len(batch[place]) - length, len(batch[place])) + place * longest
-            for (place, _), length in zip(scored, lengths, strict=True)
-        ]
-    )
-    targets = np.concatenate([np.asarray(continuation, dtype=np.int64) for _, continuation in scored])
+        end = len(row.tokens)
+        rows[place, :end] = row.tokens
+        for number in row.requests:
+            wanted = np.asarray(requests[number].tokens, dtype=np.int64)
+            numbers.append(number)
+            places.append(np.arange(end - len(wanted), end) + place * longest)
+            targets.append(wanted)
+    starts = np.cumsum([0, *map(len, targets[:-1])])
     hidden = model.hidden(_on(device, rows)).flatten(0, 1)  # [b, t] -> [b t, d]
-    nats, greedy = _score_positions(model, hidden[_on(device, places)], _on(device, targets))
-    return _Scored(nats, greedy, lengths)
+    scored = hidden[_on(device, np.concatenate(places))]
+    nats, greedy = _score_positions(model, scored, _on(device, np.concatenate(targets)))
+    return _Scored(nats, greedy, numbers, starts)
 
 
 def _on(device: torch.device, numbers: np.ndarray) -> Tensor:

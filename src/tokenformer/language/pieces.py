@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 
+from tokenizers import Tokenizer, normalizers
+
 LONG = 2**20
 """Characters from which on a text is cut at all."""
 
 _PIECE = 2**18
+_CHARACTERS = "aZ1.,'\"-(\u00e9\u4e2d\u0301\U0001f600"
 _CUT = re.compile(r"(?<=\S)(?:\n(?=\S)|(?= \S))")
 
 
@@ -25,6 +28,20 @@ def pieces(text: str) -> Iterator[str]:
             yield text[start : cut.end()]
             start = cut.end()
     yield text[start:]
+
+
+def words_begin_at_spaces(backend: Tokenizer) -> bool:
+    """Whether a text can always be cut before a single space between two other characters, and its parts be encoded by
+    themselves: the tokenizer makes words first, begins one there, and nothing before or after that joins two words.
+    """
+    words = backend.pre_tokenizer
+    if words is None or not isinstance(backend.normalizer, normalizers.NFC | None):
+        return False
+    added = backend.get_added_tokens_decoder().values()
+    if any(token.rstrip or re.search(r"\s", token.content.strip()) for token in added):
+        return False
+    texts = (f"{left} {right}" for left in _CHARACTERS for right in _CHARACTERS)
+    return all(1 in (start for _, (start, _) in words.pre_tokenize_str(text)) for text in texts)
 
 
 def groups(texts: Iterable[tuple[int, str]], characters: int) -> Iterator[list[tuple[int, str]]]:

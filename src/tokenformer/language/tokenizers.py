@@ -22,7 +22,7 @@ from tokenformer.language.byte_level import (
     byte_tokenizer_definition,
     token_to_bytes,
 )
-from tokenformer.language.pieces import LONG, groups, pieces
+from tokenformer.language.pieces import LONG, groups, pieces, words_begin_at_spaces
 from tokenformer.language.text_stream import ByteLevelStream, GenericStream, TextStream
 from tokenformer.models.hub import TOKENIZER_FILES, local_or_hub
 
@@ -78,14 +78,14 @@ class Tokenizer:
         for text in texts:
             _utf8(text)
         backend = self._special_backend if allow_special else self._backend
-        found: list[list[np.ndarray]] = [[np.empty(0, np.int64)] for _ in texts]
+        found: list[list[np.ndarray]] = [[] for _ in texts]
         # a piece could end within a special token
         numbered = enumerate(texts) if allow_special else self._pieces(texts)
         for group in groups(numbered, _ENCODED_CHARACTERS):
             encodings = backend.encode_batch_fast([text for _, text in group], add_special_tokens=False)
             for (number, _), encoding in zip(group, encodings, strict=True):
                 found[number].append(np.array(encoding.ids, dtype=np.int64))
-        return [np.concatenate(arrays) for arrays in found]
+        return [arrays[0] if len(arrays) == 1 else np.concatenate(arrays) for arrays in found]
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         """Text of ``ids``; bytes that are not UTF-8 become U+FFFD, padding ids nothing."""
@@ -128,6 +128,11 @@ class Tokenizer:
         """Byte-level, and nothing is put before a text, so that ids of pieces add up to those of the whole."""
         whole, first, second = self.encode_batch(["a\na", "a\n", "a"])
         return self._token_bytes is not None and whole.tolist() == [*first, *second]
+
+    @cached_property
+    def works_in_words(self) -> bool:
+        """Ids of a text cut before a single space, where no other white space is, add up to those of the whole."""
+        return self.works_in_pieces and words_begin_at_spaces(self._special_backend)
 
     def _id_of(self, token: str) -> int:
         id = self._backend.token_to_id(token)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+
+import numpy as np
 
 from tokenformer.evaluation.likelihood import Continuation
 from tokenformer.language.tokenizers import Tokenizer
+
+_AT_SPACE = re.compile(r" \S")
 
 
 def encode_pairs(
@@ -13,8 +18,9 @@ def encode_pairs(
 ) -> list[Continuation]:
     """Ids of each (context, continuation), as the harness's ``TemplateLM.loglikelihood`` makes them one by one.
 
-    Both are encoded as one text; the context's part of it is as long as the context is by itself, without white space
-    at its end, which goes with the continuation. Special tokens spelled in a text are read as such.
+    Both are encoded as one text, or apart where that gives the same ids; the context's part of it is as long as the
+    context is by itself, without white space at its end, which goes with the continuation. Special tokens spelled in a
+    text are read as such.
 
     Args:
         tokenizer: the model's.
@@ -22,18 +28,24 @@ def encode_pairs(
         prefix_token: what comes before a text without context, unless the text begins with it.
     """
     contexts = [context.rstrip() for context, _ in pairs]
-    wholes = [context + continuation for context, continuation in pairs]
-    texts = list(dict.fromkeys([*wholes, *contexts]))
-    encoded = {
-        text: ids.tolist()
-        for text, ids in zip(texts, tokenizer.encode_batch(texts, allow_special=True), strict=True)
-    }
+    rests = [context[len(before) :] + rest for before, (context, rest) in zip(contexts, pairs, strict=True)]
+    apart = [
+        tokenizer.works_in_words and bool(before) and _AT_SPACE.match(rest) is not None
+        for before, rest in zip(contexts, rests, strict=True)
+    ]
+    wholes = [
+        rest if cut else before + rest for before, rest, cut in zip(contexts, rests, apart, strict=True)
+    ]
+    texts = list(dict.fromkeys([*contexts, *wholes]))
+    encoded = dict(zip(texts, tokenizer.encode_batch(texts, allow_special=True), strict=True))
     found = []
-    for context, whole in zip(contexts, wholes, strict=True):
+    for context, whole, cut in zip(contexts, wholes, apart, strict=True):
         before, ids = encoded[context], encoded[whole]
-        if not before and ids[:1] != [prefix_token]:
-            found.append(Continuation([prefix_token], ids))
+        if cut:
+            found.append(Continuation(before, ids))
+        elif not context and ids[:1].tolist() != [prefix_token]:
+            found.append(Continuation(np.array([prefix_token]), ids))
         else:
             start = len(before) or 1
-            found.append(Continuation(before or ids[:1], ids[start:]))
+            found.append(Continuation(ids[:1] if not context else before, ids[start:]))
     return found

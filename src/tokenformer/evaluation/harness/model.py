@@ -21,7 +21,7 @@ from tokenformer.adapters.apply import load_with_adapters
 from tokenformer.errors import TokenFormerError
 from tokenformer.evaluation.harness.encoding import encode_pairs
 from tokenformer.evaluation.harness.stopping import generate_until_stopped
-from tokenformer.evaluation.likelihood import Continuation, Likelihood, log_likelihoods
+from tokenformer.evaluation.likelihood import Continuation, Ids, Likelihood, log_likelihoods
 from tokenformer.generation.config import SamplingConfig
 from tokenformer.language.tokenizers import load_tokenizer
 from tokenformer.models.paths import resolve_model_directory
@@ -135,7 +135,7 @@ class TokenFormerLM(TemplateLM):
 
     def _loglikelihood_tokens(
         self,
-        requests: Sequence[tuple[Any, Sequence[int], Sequence[int]]],
+        requests: Sequence[tuple[Any, Ids, Ids]],
         disable_tqdm: bool = False,
         **_ignored: Any,
     ) -> list[tuple[float, bool]]:
