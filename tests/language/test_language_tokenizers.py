@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -312,3 +313,33 @@ def test_a_tokenizer_that_puts_something_before_a_text_takes_it_whole() -> None:
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
     text = "ab\n" * (1 + LONG // 3)
     assert len(Tokenizer(backend.to_str()).encode_batch([text])[0]) == len(text) + 1
+
+
+@pytest.mark.parametrize("make", [bpe, pytest.param(neox, marks=needs_neox)])
+@given(left=with_specials, right=with_specials)
+def test_a_text_cut_before_a_space(make, left: str, right: str) -> None:  # type: ignore[no-untyped-def]
+    tokenizer = make()
+    assert tokenizer.works_in_words
+    if not left or left[-1].isspace() or not right or right[0].isspace():
+        return
+    for special in (False, True):
+        parts = tokenizer.encode_batch([left, f" {right}", f"{left} {right}"], allow_special=special)
+        assert [*parts[0], *parts[1]] == parts[2].tolist()
+
+
+def test_tokenizers_that_join_words_are_known() -> None:
+    def changed(change: Callable[[tokenizers.Tokenizer], object]) -> Tokenizer:
+        backend = tokenizers.Tokenizer.from_str(byte_file())
+        change(backend)
+        return Tokenizer(backend.to_str())
+
+    def whole(backend: tokenizers.Tokenizer) -> None:
+        backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+
+    def normal(backend: tokenizers.Tokenizer) -> None:
+        backend.normalizer = tokenizers.normalizers.Replace(" b", "c")
+
+    assert not changed(whole).works_in_words
+    assert not changed(normal).works_in_words
+    for token in (tokenizers.AddedToken("<x>", rstrip=True), tokenizers.AddedToken("new york")):
+        assert not changed(lambda backend, token=token: backend.add_tokens([token])).works_in_words  # type: ignore[misc]
