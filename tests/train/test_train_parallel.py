@@ -99,6 +99,8 @@ def on_two_ranks(
         ("nan split", {"config": layout(short, tensor=2), "nan_steps": NAN_STEPS}),
         ("hopeless", {"config": layout(short, shard=2), "nan_steps": [2, 3, 4, 5]}),
         ("rolled back", {"config": layout(spike, shard=2), "bad_sample": BAD_SAMPLE}),
+        ("stopped before growth", {"config": layout(ladder, shard=2), "stop_after": 4}),
+        ("stopped before growth", {"config": layout(ladder, tensor=2)}),
     ]
     folder = tmp_path_factory.mktemp("ranks")
     outcomes = run_jobs(torchrun, 2, folder, [{"out": str(folder / name), **job} for name, job in jobs])
@@ -110,7 +112,7 @@ def test_two_ranks_train_as_one(
 ) -> None:
     outcomes, folder = on_two_ranks
     reference = train(configs["ladder"], tmp_path / "one", quiet=True)
-    for name in ("sharded", "stopped"):
+    for name in ("sharded", "stopped", "stopped before growth"):
         assert largest_difference(folder / name, reference.out) < 1e-5, name
         found, expected = load_model(folder / name / "model"), load_model(reference.model)
         # where a gradient is nearly zero, Adam makes steps of the learning rate (1e-2) of mere rounding
@@ -119,6 +121,8 @@ def test_two_ranks_train_as_one(
     assert [kind for kind, _ in outcomes[1]] == ["RunInterrupted"] * 2  # one rank was told, both stopped
     assert "after step 3" in outcomes[1][0][1]
     assert outcomes[2] == [[], []]  # resumed on another layout
+    assert "after step 4" in outcomes[9][0][1]
+    assert outcomes[10] == [[], []]
     assert {kind for kind, _ in outcomes[3]} == {"TokenFormerError", "ToldElsewhere"}
     message = "parallel: replicate 2 x tensor 2 does not divide 2 processes"
     assert [words for _, words in outcomes[3]] == [message] * 2
