@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import lm_eval
+import numpy as np
 import torch
 import yaml
 from lm_eval.models.huggingface import HFLM
@@ -139,6 +140,8 @@ def parity(
         )
         differences[dtype] = max(abs(a[0] - b[0]) for a, b in zip(ours, theirs, strict=True))
         differences[f"{dtype}, greedy differs"] = sum(a[1] != b[1] for a, b in zip(ours, theirs, strict=True))
+    listed = (f"{name}: {value:.2g}" for name, value in differences.items())
+    print(f"\nlargest difference from hflm over the same weights: {', '.join(listed)}", flush=True)
     return differences
 
 
@@ -173,26 +176,31 @@ def main() -> None:
         tokenizer = load_tokenizer(arguments.tokenizer)
         pairs = [request.args for request in requests]
         encoded = encode_pairs(tokenizer, pairs, prefix_token=tokenizer.eos_token_id)
-        asked = [(None, *tokens) for tokens in encoded]
+        asked = [(None, *(np.asarray(ids).tolist() for ids in pair)) for pair in encoded]
         calls: dict[str, Callable[[Any], Callable[[], object]]] = {
             "requests": lambda model: lambda: model.loglikelihood(requests, disable_tqdm=True),
             "scoring": lambda model: lambda: model._loglikelihood_tokens(asked, disable_tqdm=True),
             "evaluate": lambda model: lambda: evaluate(model, tasks, arguments.limit),
         }
-        times = {}
+        times: dict[str, dict[str, list[float]]] = {}
+        result = {
+            **about,
+            "batch_sizes": {side: seconds for side, (_, seconds) in zip(SIDES, found, strict=True)},
+            "seconds": times,
+        }
         for name, call in calls.items():
             repeats = arguments.repeats if name != "evaluate" else 1
             times[name] = compare(models, call, repeats)
             print_times(name, times[name], len(requests))
-        differences = parity(folders, requests[: arguments.parity], arguments)
-    print(
-        "HFLM over the same weights: "
-        + ", ".join(f"{name}: {value:.2g}" for name, value in differences.items())
-    )
-    tried = {side: seconds for side, (_, seconds) in zip(SIDES, found, strict=True)}
-    if arguments.json:
-        result = {**about, "batch_sizes": tried, "seconds": times, "parity": differences}
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+            write(result, arguments.json)
+        result["parity"] = parity(folders, requests[: arguments.parity], arguments)
+        write(result, arguments.json)
+
+
+def write(result: dict[str, Any], file: Path | None) -> None:
+    """All that is known so far."""
+    if file is not None:
+        file.write_text(json.dumps(result, indent=2) + "\n")
 
 
 def print_times(name: str, seconds: dict[str, list[float]], requests: int) -> None:
