@@ -23,7 +23,7 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from itertools import cycle, pairwise
@@ -58,14 +58,15 @@ def main() -> None:
         f"{machine}, {os.cpu_count()} CPU cores, torch {torch.__version__}, {arguments.model}: "
         f"{trainer.parameters:,} parameters"
     )
-    folders = {}
+    about = {"machine": machine, "cpu_cores": os.cpu_count(), "torch": torch.__version__}
+    folders: dict[str, dict[str, Any]] = {}
     for place in arguments.folder:
         with tempfile.TemporaryDirectory(dir=place) as folder:
-            folders[str(place or folder)] = measure(trainer, Path(folder), arguments)
-        if arguments.json:
-            about = {"machine": machine, "cpu_cores": os.cpu_count(), "torch": torch.__version__}
-            written = about | {"arguments": vars(arguments) | {"json": None}, "folders": folders}
-            arguments.json.write_text(json.dumps(written, indent=2, default=str) + "\n")
+            for found in measure(trainer, Path(folder), arguments):
+                folders[str(place or folder)] = found
+                if arguments.json:
+                    written = about | {"arguments": vars(arguments) | {"json": None}, "folders": folders}
+                    arguments.json.write_text(json.dumps(written, indent=2, default=str) + "\n")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -146,33 +147,32 @@ class Round(NamedTuple):
     complete: int
 
 
-def measure(trainer: Trainer, folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """All rounds of one folder; prints as it goes."""
+def measure(trainer: Trainer, folder: Path, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """What the rounds of one folder give, after each of them; prints as it goes."""
     print(f"\n{folder}", flush=True)
     wait = arguments.when_busy == "wait"
     with closing(Saver(trainer, folder, arguments.modes, arguments.export, wait=wait)) as saver:
-        return take_turns(trainer, saver, folder, arguments)
+        yield from take_turns(trainer, saver, folder, arguments)
 
 
-def take_turns(trainer: Trainer, saver: Saver, folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """The sides in turn, round after round."""
-    about = saver.first_saves()
+def take_turns(
+    trainer: Trainer, saver: Saver, folder: Path, arguments: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
+    """The sides, round after round."""
+    about: dict[str, Any] = saver.first_saves()
     about["plain_write_gb_per_second"] = plain_write(folder, about["checkpoint_bytes"])
     print(", ".join(f"{name} {value}" for name, value in about.items()), flush=True)
     rounds: dict[str, list[Round]] = defaultdict(list)
     for _ in range(arguments.rounds):
         for side in ["none", *arguments.modes]:
             rounds[side].append(one_round(trainer, saver, side, arguments.steps, arguments.every))
-            print(f"{side:8} {1e3 * rounds[side][-1].seconds / arguments.steps:9.2f} ms a step", flush=True)
-    results = {
-        side: summary(found, rounds["none"], saver.durations.get(side, {})) for side, found in rounds.items()
-    }
-    for side, result in results.items():
-        print(
-            f"{side:8} " + ", ".join(f"{k} {v:.4g}" for k, v in result.items() if k != "rounds_ms"),
-            flush=True,
-        )
-    return {**about, "results": results}
+            found = summary(rounds[side], rounds["none"], saver.durations.get(side, {}))
+            print(
+                f"{side:8} " + ", ".join(f"{k} {v:.4g}" for k, v in found.items() if k != "rounds_ms"),
+                flush=True,
+            )
+            about.setdefault("results", {})[side] = found
+            yield about
 
 
 class Saver:
@@ -193,7 +193,7 @@ class Saver:
             begin = time.perf_counter()
             self.save(mode)
             times[f"first_save_held_up_{mode.replace(' ', '_')}"] = round(time.perf_counter() - begin, 3)
-            self.finish(mode)
+            self.finish()
             times[f"first_save_complete_{mode.replace(' ', '_')}"] = round(time.perf_counter() - begin, 3)
         newest = list_checkpoints(self._folder / next(iter(self._writers)))[-1]
         size = sum(file.stat().st_size for file in newest.rglob("*") if file.is_file())
@@ -215,8 +215,10 @@ class Saver:
         """How many checkpoints there are, or were before later ones took their place."""
         return len(self.durations.get(mode, {}).get("writing", ()))
 
-    def finish(self, mode: str) -> None:
-        self._writers[mode].finish()
+    def finish(self) -> None:
+        """Wait until nothing is being written or exported."""
+        for saving in self._writers.values():
+            saving.finish()
 
     def close(self) -> None:
         writer.write_contents, export.export_model = _write_contents, _export_model
@@ -245,6 +247,7 @@ def timed(function: Callable[..., Any], durations: list[float]) -> Callable[...,
 
 def one_round(trainer: Trainer, saver: Saver, side: str, steps: int, every: int) -> Round:
     held_up, left_out, before = [], 0, saver.complete(side)
+    saver.finish()
     trainer.wait()
     begin = time.perf_counter()
     marks = [trainer.mark()]
@@ -260,8 +263,6 @@ def one_round(trainer: Trainer, saver: Saver, side: str, steps: int, every: int)
     trainer.wait()
     seconds = time.perf_counter() - begin
     complete = saver.complete(side) - before
-    if side != "none":
-        saver.finish(side)
     return Round(seconds, [trainer.between(*pair) for pair in pairwise(marks)], held_up, left_out, complete)
 
 
