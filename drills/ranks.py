@@ -65,26 +65,32 @@ def other_numbers(folder: Path, trainer: Trainer) -> list[Outcome]:
     return [Outcome("other numbers", "4 processes, then 2, then 1", problems)]
 
 
-def hung_rank(folder: Path, trainer: Trainer, device: str = "cpu") -> list[Outcome]:
-    """One of two processes sleeps in a step, or is killed while nobody watches over them: the others end and say
-    which, and the run goes on."""
+def hung_rank(folder: Path, trainer: Trainer) -> list[Outcome]:
+    """One of two processes sleeps in a step, or is killed while nobody watches over them."""
+    return [absent_rank(folder / what.split()[-1], trainer, what) for what in _ABSENCES]
+
+
+_ABSENCES = {
+    "sleeps": (Orders(sleep_step=5), [LostRankError.exit_code] * 2, "waiting for rank 1"),
+    "is killed": (
+        Orders(kill=Kill("step", 5, 0.0)),
+        [LostRankError.exit_code, -signal.SIGKILL],
+        "lost rank 1",
+    ),
+}
+
+
+def absent_rank(folder: Path, trainer: Trainer, what: str, device: str = "cpu") -> Outcome:
+    """Rank 1 of two ``sleeps`` or ``is killed``: those that wait for it end and say so; the run goes on."""
+    order, codes, words = _ABSENCES[what]
     recipe = _recipe(folder, device, timeout_seconds=20)
-    lost = LostRankError.exit_code
-    cases = (
-        ("sleeps", Orders(sleep_step=5), [lost, lost], "waiting for rank 1"),
-        ("is killed", Orders(kill=Kill("step", 5, 0.0)), [lost, -signal.SIGKILL], "lost rank 1"),
-    )
-    outcomes = []
-    for what, order, codes, words in cases:
-        out = folder / what.replace(" ", "-")
-        ends = trainer.train_ranks(recipe, out, [Orders(), order])
-        problems = []
-        if [end.code for end in ends] != codes or not any(words in end.words for end in ends):
-            problems.append(f"exit codes {[end.code for end in ends]}: {[end.words for end in ends]}")
-        after = trainer.train_ranks(recipe, out, [Orders(), Orders()])
-        problems += [f"then: {end.words}" for end in after if end.code]
-        outcomes.append(Outcome("hung rank", f"rank 1 of 2 {what} in step 5", problems))
-    return outcomes
+    ends = trainer.train_ranks(recipe, folder / "run", [Orders(), order])
+    problems = []
+    if [end.code for end in ends] != codes or not any(words in end.words for end in ends):
+        problems.append(f"exit codes {[end.code for end in ends]}: {[end.words for end in ends]}")
+    after = trainer.train_ranks(recipe, folder / "run", [Orders(), Orders()])
+    problems += [f"then: {end.words}" for end in after if end.code]
+    return Outcome("hung rank", f"rank 1 of 2 {what} in step 5", problems)
 
 
 def sick_rank(folder: Path, trainer: Trainer, seed: int) -> list[Outcome]:

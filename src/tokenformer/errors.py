@@ -19,7 +19,7 @@ class LostRankError(TokenFormerError):
 
 
 class ToldElsewhere(TokenFormerError):
-    """One of several processes has told the user what is wrong; this one ends with exit code 2 and without a word."""
+    """One of several processes has told the user what is wrong; this one ends as that one, without a word."""
 
 
 class DataError(TokenFormerError):

@@ -15,12 +15,13 @@ pytestmark = [
 ]
 
 from drills.processes import Trainer  # noqa: E402
-from drills.ranks import hung_rank, lost_ranks  # noqa: E402
+from drills.ranks import absent_rank, lost_ranks  # noqa: E402
 
 
-def test_hung_and_lost_ranks_are_named(tmp_path: Path) -> None:
-    for outcome in hung_rank(tmp_path / "drill", Trainer(), device="cuda"):
-        assert not outcome.problems, outcome
+@pytest.mark.parametrize("what", ["sleeps", "is killed"])
+def test_absent_rank_is_named(tmp_path: Path, what: str) -> None:
+    outcome = absent_rank(tmp_path / "drill", Trainer(), what, device="cuda")
+    assert not outcome.problems, outcome
 
 
 def test_restart_after_a_lost_rank(tmp_path: Path) -> None:

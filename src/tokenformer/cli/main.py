@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib.metadata import version
 from typing import Annotated
@@ -9,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from tokenformer.errors import TokenFormerError, ToldElsewhere
+from tokenformer.errors import LostRankError, TokenFormerError, ToldElsewhere
 
 app = typer.Typer(
     name="tokenformer",
@@ -60,7 +61,17 @@ def main() -> None:
             console = Console(stderr=True, highlight=False, soft_wrap=True)
             console.print("error:", style="bold red", end=" ")
             console.print(message, markup=False)
-        sys.exit(error.exit_code if isinstance(error, TokenFormerError) else TokenFormerError.exit_code)
+        code = error.exit_code if isinstance(error, TokenFormerError) else TokenFormerError.exit_code
+        if code == LostRankError.exit_code:
+            _leave_at_once(code)
+        sys.exit(code)
+
+
+def _leave_at_once(code: int) -> None:
+    """The device may still wait for the lost rank, and the interpreter's end for the device."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 _LESS = "choose smaller sizes, or fewer sequences at a time (data.micro_batch_size, --batch-size)"

@@ -91,7 +91,9 @@ def meet(launch: Launch, timeout: float) -> Iterator[Any]:
         raise
     except TokenFormerError as error:
         if not _is_first_to_fail(store):
-            raise ToldElsewhere(str(error)) from error
+            told = ToldElsewhere(str(error))
+            told.exit_code = error.exit_code
+            raise told from error
         raise
     except Exception as error:
         # where another rank failed before, this one merely lost its connection
