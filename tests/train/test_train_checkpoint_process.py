@@ -34,21 +34,26 @@ from tokenformer.train.state import TrainingState
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="shared memory without a name is Linux's")
 
 ALL = CheckpointConfig(keep_last=99)
-CONFIG = TokenFormerConfig(
-    vocab_size=384,
-    hidden_size=16,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    qkv_param_tokens=8,
-    proj_param_tokens=8,
-    ffn_param_tokens=16,
-    max_position_embeddings=32,
-)
 
 
-def checkpoint_of(step: int, *, factor: float = 1.0) -> TrainingCheckpoint:
+def config_of(*, hidden: int, ffn: int) -> TokenFormerConfig:
+    return TokenFormerConfig(
+        vocab_size=384,
+        hidden_size=hidden,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        qkv_param_tokens=8,
+        proj_param_tokens=8,
+        ffn_param_tokens=ffn,
+        max_position_embeddings=32,
+    )
+
+
+def checkpoint_of(
+    step: int, *, factor: float = 1.0, hidden: int = 16, ffn: int = 16, device: str = "cpu"
+) -> TrainingCheckpoint:
     """Of a model all its own, with moments and a generator's state."""
-    model = build_model(CONFIG, seed=step)
+    model = build_model(config_of(hidden=hidden, ffn=ffn), seed=step).to(device)
     if factor != 1:
         model = grow_model(model, GrowthSpec(factor=factor), seed=step).model
     moments = {
@@ -73,12 +78,14 @@ def files(path: Path) -> dict[str, bytes]:
     }
 
 
-def worker_of(writer: CheckpointWriter) -> int:
+def worker_of(writer: CheckpointWriter, *, other_than: int | None = None) -> int:
+    """The process that writes, once it has begun."""
     assert writer._background is not None
-    assert writer._background.writing is not None
-    pid = writer._background.writing.pid
-    assert pid is not None
-    return pid
+    worker = writer._background.writing
+    assert worker is not None
+    wait_until(lambda: worker.pid not in (None, other_than))
+    assert worker.pid is not None
+    return worker.pid
 
 
 @pytest.fixture(scope="module")
@@ -139,8 +146,7 @@ def test_killed_twice_ends_the_run_with_the_former_checkpoint_named(tmp_path: Pa
         writer.write(checkpoint_of(2), ALL)
         first = worker_of(writer)
         os.kill(first, signal.SIGKILL)
-        wait_until(lambda: bool(said))
-        os.kill(worker_of(writer), signal.SIGKILL)
+        os.kill(worker_of(writer, other_than=first), signal.SIGKILL)
         with pytest.raises(
             TokenFormerError, match=r"SIGKILL and then was killed by SIGKILL.*step-00000001 is whole"
         ):
@@ -214,6 +220,28 @@ def test_the_next_update_waits_for_the_copy(tmp_path: Path) -> None:
         optimizer.step()
         staging.wait()
         assert all(torch.equal(staging.copies[name], tensor.cpu()) for name, tensor in expected.items())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_tensors_on_a_device_are_written_alike(tmp_path: Path) -> None:
+    """At once and by the process, several files side by side, and again when they have become larger."""
+    runs = [tmp_path / "at once", tmp_path / "process"]
+    with (
+        closing(CheckpointWriter(runs[0])) as waiting,
+        closing(CheckpointWriter(runs[1], mode="process")) as beside,
+    ):
+        for step, ffn in ((1, 16384), (2, 20480)):
+            checkpoint = checkpoint_of(step, hidden=1024, ffn=ffn, device="cuda")
+            for writer in (waiting, beside):
+                writer.write(checkpoint, ALL)
+                writer.before_update()
+                torch.cuda.current_stream().synchronize()
+            overwrite(checkpoint)
+            beside.finish()
+            one, other = (checkpoint_path(run, step) for run in runs)
+            assert len(list(one.glob("tensors/*.distcp"))) > 1
+            assert files(one) == files(other)
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
