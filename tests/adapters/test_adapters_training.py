@@ -127,8 +127,8 @@ def test_resuming_is_exact_and_needs_no_base(
     def interrupted(self: Any, bar: Any) -> Any:
         save = self._save
 
-        def save_and_stop(state: Any) -> None:
-            save(state)
+        def save_and_stop(state: Any, required: bool) -> None:
+            save(state, required)
             raise Stop
 
         self._save = save_and_stop

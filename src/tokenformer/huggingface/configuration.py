@@ -13,6 +13,14 @@ from tokenformer.models.transformer.config import TransformerConfig
 from tokenformer.models.transformers_files import auto_map
 from tokenformer.validation import validate
 
+_PARAMETER_TOKENS = {
+    "qkv_param_tokens",
+    "proj_param_tokens",
+    "ffn_param_tokens",
+    "param_token_groups",
+    "tau",
+    "growth_history",
+}
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -46,8 +54,8 @@ class NativeConfig(PretrainedConfig):
         return validate(self.native_class, fields, source=type(self).__name__)
 
     def follow(self, native: DecoderConfig) -> None:
-        """Take over all fields of the model's own configuration, whose groups can have changed in place."""
-        for name, value in native.model_dump(mode="json", include=_field_names(self.native_class)).items():
+        """Take over what the model's own configuration says of parameter tokens, which can change in place."""
+        for name, value in native.model_dump(mode="json", include=_PARAMETER_TOKENS).items():
             setattr(self, name, value)
 
     def to_diff_dict(self) -> dict[str, Any]:
