@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
 
 from tokenformer.layers.attention import SelfAttention
 from tokenformer.layers.block import Block, Head
+from tokenformer.layers.norm import PlainLayerNorm
 from tokenformer.layers.pattention import Pattention
 from tokenformer.models.decoder import Decoder, draw_normal
 from tokenformer.models.tokenformer.config import TokenFormerConfig
@@ -50,8 +50,8 @@ def _block(config: TokenFormerConfig, generator: torch.Generator | None) -> Bloc
             generator=generator,
         )
 
-    def norm() -> nn.LayerNorm:
-        return nn.LayerNorm(d, eps=config.layer_norm_eps, elementwise_affine=False)
+    def norm() -> PlainLayerNorm:
+        return PlainLayerNorm(d, eps=config.layer_norm_eps)
 
     attention = SelfAttention(
         query=projection("qkv"),
