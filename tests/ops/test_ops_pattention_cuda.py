@@ -157,3 +157,23 @@ def test_a_compiled_block_is_one_graph_with_the_gradients_of_the_plain_one(norm_
         block.compile(fullgraph=True)
     for found, expected in zip(gradients(), plain, strict=True):
         assert (found - expected).norm() <= 0.05 * expected.norm() + 1e-8
+
+
+@pytest.mark.parametrize("groups", [(96,), (64, 32)])
+def test_gradients_of_float32_tokens_are_not_rounded(groups: tuple[int, ...]) -> None:
+    """Sums of many products: the rounding of the factors averages out, that of the sum to bfloat16 would not."""
+    tensors, count = draw((40000, 64, 32, groups), torch.float32)
+    kind = WeightKind("gelu", 96.0)
+    x, grad = tensors[0].bfloat16(), tensors[-1].bfloat16()
+    inputs = [t.requires_grad_() for t in tensors[1:-1]]
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        out = pattention(x, inputs[:count], inputs[count:], kind)
+    assert out.dtype == torch.bfloat16
+    found = torch.autograd.grad(out, inputs, grad)
+    exact = results(
+        pattention_reference, [x, *(t.detach().bfloat16() for t in inputs), grad], count, kind, torch.float64
+    )
+    for ours, wide in zip(found, exact[2:], strict=True):
+        assert ours.dtype == torch.float32
+        assert relative_error(ours, wide) < 5e-3
+        assert (ours.bfloat16().float() != ours).any()

@@ -104,14 +104,14 @@ def pattention_projections(
     compute = torch.float32 if dtype == torch.float16 else dtype
     with without_autocast(x.device.type):
         x = x.to(compute)
-        keys = [[group.to(compute) for group in projection] for projection in keys]
-        values = [[group.to(compute) for group in projection] for projection in values]
         has_whole_rows = rows is WHOLE_ROWS or kind.norm_activation == "gelu"  # which looks at no other token
         if has_whole_rows and x.device.type == "cuda":
             from tokenformer.ops import pattention_cuda
 
             if pattention_cuda.applies(x):
                 return [out.to(dtype) for out in pattention_cuda.pattention_fused(x, keys, values, kind)]
+        keys = [[group.to(compute) for group in projection] for projection in keys]
+        values = [[group.to(compute) for group in projection] for projection in values]
         from tokenformer.ops import pattention_cpu
 
         if has_whole_rows and pattention_cpu.applies(x):

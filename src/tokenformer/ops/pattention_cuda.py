@@ -1,10 +1,11 @@
 """Pattention on a GPU: matrix products of the vendor's library, one Triton pass between them each way.
 
-Saved for the backward are the input, the tokens, the scores (softmax: the weights) and two numbers a row; the other
-kinds compute the weights again in the pass that makes the gradient of the scores. Several projections of one input
-share the product that gives their scores, and the groups of a projection are one matrix, so neither costs launches of
-its own. The function is :func:`tokenformer.ops.pattention.pattention_reference`; as operators of torch they are opaque
-to ``torch.compile``, which fuses what is around them.
+Saved for the backward are the input, the tokens, the scores and two numbers a row; the weights are computed again in
+the pass that makes the gradient of the scores. (Weights of softmax would do in place of its scores, for a transfer
+less; but they lose by rounding to bfloat16, which the scores have gone through already.) Several projections of one
+input share the product that gives their scores, and the groups of a projection are one matrix, so neither costs
+launches of its own. The function is :func:`tokenformer.ops.pattention.pattention_reference`; as operators of torch
+they are opaque to ``torch.compile``, which fuses what is around them.
 """
 
 from __future__ import annotations
@@ -47,44 +48,34 @@ def pattention_fused(
     Args:
         x: [..., d_in].
         keys: for each projection one [n_g, d_in] for each group g; n, the sum over the groups, is the same in all.
+            Products take them in the dtype of ``x``; gradients of float32 tokens are never rounded to that.
         values: for each projection one [n_g, d_out] for each group g.
         kind: the weight function of all projections.
 
     Returns:
         [..., d_out] for each projection.
     """
-    all_keys, all_values = _concatenated(keys), _concatenated(values)
-    d_out = all_values.shape[1]
-    outputs, _, _ = pattention_forward(
-        x.reshape(-1, x.shape[-1]),
-        all_keys,
-        all_values.reshape(len(values), -1, d_out),
-        *kind,
-        _trained_spans(keys),
-        _trained_spans(values),
-        torch.is_grad_enabled() and any(t.requires_grad for t in (x, all_keys, all_values)),
+    flat_keys, flat_values = (
+        [group for projection in tokens for group in projection] for tokens in (keys, values)
     )
-    return [out.reshape(*x.shape[:-1], d_out) for out in outputs]
+    leaves = (x, *flat_keys, *flat_values)
+    outputs, *_ = pattention_forward(
+        x.reshape(-1, x.shape[-1]),
+        _one_matrix(flat_keys, x.dtype),
+        _one_matrix(flat_values, x.dtype),
+        flat_keys,
+        flat_values,
+        len(values),
+        *kind,
+        torch.is_grad_enabled() and any(t.requires_grad for t in leaves),
+    )
+    return [out.reshape(*x.shape[:-1], out.shape[-1]) for out in outputs]
 
 
-def _concatenated(tokens: Sequence[Sequence[Tensor]]) -> Tensor:
-    parts = [group for projection in tokens for group in projection]
+def _one_matrix(groups: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """All groups as a product takes them, apart from autograd; a compiler makes one kernel of it."""
+    parts = [group.detach().to(dtype) for group in groups]
     return torch.cat(parts) if len(parts) > 1 else parts[0]
-
-
-def _trained_spans(tokens: Sequence[Sequence[Tensor]]) -> list[int]:
-    """[start, stop, start, stop, ...] over the tokens of all projections: neighbours within one projection that are
-    trained."""
-    spans: list[int] = []
-    position = 0
-    for projection in tokens:
-        extends = False  # whether the last span ends where the next group of this projection begins
-        for group in projection:
-            stop = position + group.shape[0]
-            if group.requires_grad:
-                spans = [*spans[:-1], stop] if extends else [*spans, position, stop]
-            extends, position = group.requires_grad, stop
-    return spans or [0, 0]  # torch would take an empty list for one of tensors
 
 
 @torch.library.custom_op("tokenformer::pattention_forward", mutates_args=())
@@ -92,135 +83,162 @@ def pattention_forward(
     x: Tensor,
     key: Tensor,
     value: Tensor,
+    keys: list[Tensor],
+    values: list[Tensor],
+    projections: int,
     norm_activation: str,
     tau: float,
     gelu_approximate: str,
     norm_eps: float,
-    key_spans: list[int],
-    value_spans: list[int],
     keep: bool,
 ) -> tuple[list[Tensor], Tensor, Tensor]:
-    """p projections of ``x`` [rows, d_in]; ``key`` [p * n, d_in], ``value`` [p, n, d_out].
+    """p projections of ``x`` [rows, d_in]; ``key`` [p * n, d_in] and ``value`` [p * n, d_out] are the tokens, in the
+    dtype of ``x``, of ``keys`` and ``values`` (p * g groups), which stand for them in autograd alone.
 
-    Returns p outputs [rows, d_out], and for the backward what is kept of the scores [rows * p, n] and their
-    statistics [rows * p, 2]; both empty unless ``keep``. The spans name the tokens whose gradient will be wanted.
+    Returns p outputs [rows, d_out], and for the backward the scores [rows * p, n] and their statistics [rows * p, 2];
+    both empty unless ``keep``.
     """
     from tokenformer.ops.pattention_rows import weights_forward
 
-    projections, n, _ = value.shape
+    n = key.shape[0] // projections
     scores = torch.mm(x, key.t()).view(-1, n)
     kind = _kind(norm_activation, tau, gelu_approximate, norm_eps)
-    weights, kept, statistics = weights_forward(scores, kind, keep=keep)
+    weights, statistics = weights_forward(scores, kind, keep=keep)
     by_projection = weights.view(-1, projections, n).unbind(1)
-    outputs = [torch.mm(*pair) for pair in zip(by_projection, value, strict=True)]
-    return outputs, kept if keep else x.new_empty(0, n), statistics if keep else statistics.new_empty(0, 2)
+    outputs = [torch.mm(*pair) for pair in zip(by_projection, value.view(projections, n, -1), strict=True)]
+    return (outputs, scores, statistics) if keep else (outputs, *_nothing_kept(x))
 
 
 @torch.library.custom_op("tokenformer::pattention_backward", mutates_args=())
 def pattention_backward(
     grads: list[Tensor],
     x: Tensor,
+    scores: Tensor,
+    statistics: Tensor,
     key: Tensor,
     value: Tensor,
-    kept: Tensor,
-    statistics: Tensor,
     norm_activation: str,
     tau: float,
     gelu_approximate: str,
     norm_eps: float,
+    need_x: bool,
     key_spans: list[int],
     value_spans: list[int],
-    need_x: bool,
+    key_dtype: torch.dtype,
+    value_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, key and value from ``grads``, p times [rows, d_out]; zero outside the spans, empty for
-    an unwanted x."""
+    """Gradients of x, key and value from ``grads``, p times [rows, d_out]; of the tokens only within the spans
+    [start, stop, start, stop, ...], arbitrary elsewhere; empty where none is wanted."""
     from tokenformer.ops.pattention_rows import weights_backward
 
-    projections, n, _ = value.shape
-    score_grads = torch.empty_like(kept)
-    for grad, tokens, out in zip(grads, value, score_grads.view(-1, projections, n).unbind(1), strict=True):
+    projections, n = len(grads), scores.shape[1]
+    score_grads = torch.empty_like(scores)
+    by_projection = score_grads.view(-1, projections, n).unbind(1)
+    for grad, tokens, out in zip(grads, value.view(projections, n, -1), by_projection, strict=True):
         torch.mm(grad, tokens.t(), out=out)
     kind = _kind(norm_activation, tau, gelu_approximate, norm_eps)
-    weights, score_grads = weights_backward(kept, score_grads, statistics, kind)
-    value_grad = _value_gradient(weights.view(-1, projections, n), grads, value_spans)
-    del weights
+    weights, score_grads = weights_backward(scores, score_grads, statistics, kind)
+    value_grad = x.new_empty(value.shape if value_spans else 0, dtype=value_dtype)
+    columns = weights.view(-1, projections, n)
+    for start, stop in zip(value_spans[::2], value_spans[1::2], strict=True):
+        p, first = divmod(start, n)
+        part = columns[:, p, first : first + stop - start]
+        _product(part.t(), grads[p], out=value_grad[start:stop])
+    del weights, columns, by_projection
     score_grads = score_grads.view(-1, projections * n)
-    key_grad = _key_gradient(score_grads, x, key_spans)
+    key_grad = x.new_empty(key.shape if key_spans else 0, dtype=key_dtype)
+    for start, stop in zip(key_spans[::2], key_spans[1::2], strict=True):
+        _product(score_grads[:, start:stop].t(), x, out=key_grad[start:stop])
     return torch.mm(score_grads, key) if need_x else x.new_empty(0), key_grad, value_grad
 
 
 @pattention_forward.register_fake
-def _(x: Tensor, key: Tensor, value: Tensor, *kind_and_spans: Any) -> tuple[list[Tensor], Tensor, Tensor]:
-    (projections, n, d_out), rows = value.shape, x.shape[0]
-    kept = rows * projections if kind_and_spans[-1] else 0
-    statistics = x.new_empty(kept, 2, dtype=torch.float32)
-    return [x.new_empty(rows, d_out) for _ in range(projections)], x.new_empty(kept, n), statistics
+def _(
+    x: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keys: list[Tensor],
+    values: list[Tensor],
+    projections: int,
+    *kind_and_keep: Any,
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    outputs = [x.new_empty(x.shape[0], value.shape[1]) for _ in range(projections)]
+    if not kind_and_keep[-1]:
+        return outputs, *_nothing_kept(x)
+    rows = x.shape[0] * projections
+    scores = x.new_empty(rows, key.shape[0] // projections)
+    return outputs, scores, x.new_empty(rows, 2, dtype=torch.float32)
 
 
 @pattention_backward.register_fake
 def _(
-    grads: list[Tensor], x: Tensor, key: Tensor, value: Tensor, *rest_and_need: Any
+    grads: list[Tensor], x: Tensor, scores: Tensor, statistics: Tensor, key: Tensor, value: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad_x = torch.empty_like(x) if rest_and_need[-1] else x.new_empty(0)
-    return grad_x, key.new_empty(key.shape), value.new_empty(value.shape)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[list[Tensor], Tensor, Tensor]) -> None:
-    x, key, value, *options, _ = inputs
-    _, kept, statistics = output
-    ctx.mark_non_differentiable(kept, statistics)
-    ctx.save_for_backward(x, key, value, kept, statistics)
-    ctx.options = options
-
-
-def _backward(ctx: Any, grads: list[Tensor], *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    need_x, need_key, need_value, *others = ctx.needs_input_grad
-    *kind, key_spans, value_spans = ctx.options
-    grad_x, grad_key, grad_value = pattention_backward(
-        grads,
-        *ctx.saved_tensors,
-        *kind,
-        key_spans if need_key else [],
-        value_spans if need_value else [],
-        need_x,
-    )
+    need_x, key_spans, value_spans, key_dtype, value_dtype = rest[-5:]
     return (
-        grad_x if need_x else None,
-        grad_key if need_key else None,
-        grad_value if need_value else None,
-        *(None for _ in others),
+        torch.empty_like(x) if need_x else x.new_empty(0),
+        x.new_empty(key.shape if key_spans else 0, dtype=key_dtype),
+        x.new_empty(value.shape if value_spans else 0, dtype=value_dtype),
     )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    x, key, value, keys, values, projections, *kind, _ = inputs
+    _, scores, statistics = output
+    ctx.mark_non_differentiable(scores, statistics)
+    ctx.save_for_backward(x, scores, statistics, key, value)
+    ctx.kind = kind
+    ctx.n = key.shape[0] // projections
+    ctx.sizes = [[group.shape[0] for group in groups] for groups in (keys, values)]
+    ctx.dtypes = [groups[0].dtype for groups in (keys, values)]
+
+
+def _backward(ctx: Any, grads: list[Tensor], *_: Tensor | None) -> tuple[Any, ...]:
+    need_x, _, _, *needed, _, _, _, _, _, _ = ctx.needs_input_grad
+    x, *others = ctx.saved_tensors
+    spans = [_trained_spans(sizes, flags, ctx.n) for sizes, flags in zip(ctx.sizes, needed, strict=True)]
+    grad_x, *token_grads = pattention_backward(
+        grads, x, *others, *ctx.kind, need_x, *spans, *(_sum_dtype(dtype, x.dtype) for dtype in ctx.dtypes)
+    )
+    parts = []
+    for grad, sizes, flags, dtype in zip(token_grads, ctx.sizes, needed, ctx.dtypes, strict=True):
+        groups = grad.split(sizes) if any(flags) else [grad] * len(sizes)
+        parts.append([g.to(dtype) if need else None for g, need in zip(groups, flags, strict=True)])
+    return grad_x if need_x else None, None, None, *parts, *(None for _ in range(6))
 
 
 pattention_forward.register_autograd(_backward, setup_context=_setup_context)
 
 
+def _nothing_kept(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(0), x.new_empty(0, dtype=torch.float32)
+
+
+def _trained_spans(sizes: list[int], trained: list[bool], n: int) -> list[int]:
+    """[start, stop, start, stop, ...] over the tokens of all projections: neighbours within one projection that are
+    trained."""
+    spans: list[int] = []
+    position = 0
+    for size, wanted in zip(sizes, trained, strict=True):
+        if wanted and spans and spans[-1] == position and position % n:
+            spans[-1] += size
+        elif wanted:
+            spans += [position, position + size]
+        position += size
+    return spans
+
+
+def _sum_dtype(token_dtype: torch.dtype, dtype: torch.dtype) -> torch.dtype:
+    """In which products of ``dtype`` give the gradient of tokens: theirs where that is float32, which sums are in."""
+    return token_dtype if token_dtype == torch.float32 else dtype
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    if out.dtype == a.dtype:
+        torch.mm(a, b, out=out)
+    else:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+
+
 def _kind(norm_activation: Any, tau: float, gelu_approximate: Any, norm_eps: float) -> WeightKind:
     return WeightKind(norm_activation, tau, gelu_approximate, norm_eps)
-
-
-def _key_gradient(score_grads: Tensor, x: Tensor, spans: list[int]) -> Tensor:
-    """[rows, p * n] and [rows, d_in] to [p * n, d_in]."""
-    tokens = score_grads.shape[1]
-    if _cover(spans, tokens):
-        return torch.mm(score_grads.t(), x)
-    total = x.new_zeros(tokens, x.shape[1])
-    for start, stop in zip(spans[::2], spans[1::2], strict=True):
-        torch.mm(score_grads[:, start:stop].t(), x, out=total[start:stop])
-    return total
-
-
-def _value_gradient(weights: Tensor, grads: list[Tensor], spans: list[int]) -> Tensor:
-    """[rows, p, n] and p times [rows, d_out] to [p, n, d_out]."""
-    _, projections, n = weights.shape
-    size = (projections, n, grads[0].shape[1])
-    total = grads[0].new_empty(size) if _cover(spans, projections * n) else grads[0].new_zeros(size)
-    for start, stop in zip(spans[::2], spans[1::2], strict=True):
-        p, first = divmod(start, n)
-        columns = slice(first, first + stop - start)
-        torch.mm(weights[:, p, columns].t(), grads[p], out=total[p, columns])
-    return total
-
-
-def _cover(spans: list[int], tokens: int) -> bool:
-    return sum(spans[1::2]) - sum(spans[::2]) == tokens

@@ -25,7 +25,7 @@ class _Launch(NamedTuple):
     warps: int
 
 
-def _launch(n: int, elements_per_thread: int) -> _Launch | None:
+def launch_of(n: int, elements_per_thread: int) -> _Launch | None:
     """None for rows too long to be taken whole."""
     if n > _LONGEST_WHOLE_ROW:
         return None
@@ -40,8 +40,8 @@ def _launch(n: int, elements_per_thread: int) -> _Launch | None:
     return _Launch(rows, piece, -(-n // piece), warps)
 
 
-def weights_forward(scores: Tensor, kind: WeightKind, *, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights of all parameter tokens, and what :func:`weights_backward` needs.
+def weights_forward(scores: Tensor, kind: WeightKind, *, keep: bool) -> tuple[Tensor, Tensor]:
+    """Weights of all parameter tokens, and what :func:`weights_backward` needs beside the scores.
 
     Args:
         scores: [rows, n], contiguous; bfloat16 or float32. Overwritten with the weights unless the backward needs it.
@@ -49,23 +49,21 @@ def weights_forward(scores: Tensor, kind: WeightKind, *, keep: bool) -> tuple[Te
         keep: whether there will be a backward.
 
     Returns:
-        Weights [rows, n] in the dtype of ``scores``; what to keep, [rows, n]: the scores, or the weights for softmax,
-        whose gradient needs no more; and statistics, [rows, 2] float32.
+        Weights [rows, n] in the dtype of ``scores``; and statistics, [rows, 2] float32.
     """
-    in_place = not keep or kind.norm_activation == "softmax"
-    weights = scores if in_place else torch.empty_like(scores)
+    weights = torch.empty_like(scores) if keep else scores
     statistics = torch.empty(scores.shape[0], _STATISTICS, dtype=torch.float32, device=scores.device)
     _run(whole_forward, long_forward, 24, (scores, weights, statistics), kind)
-    return weights, scores, statistics
+    return weights, statistics
 
 
 def weights_backward(
-    kept: Tensor, weight_grads: Tensor, statistics: Tensor, kind: WeightKind
+    scores: Tensor, weight_grads: Tensor, statistics: Tensor, kind: WeightKind
 ) -> tuple[Tensor, Tensor]:
     """The weights again, and the gradient of the scores.
 
     Args:
-        kept: [rows, n], from :func:`weights_forward`.
+        scores: [rows, n], as :func:`weights_forward` had them.
         weight_grads: [rows, n], contiguous, same dtype; overwritten with the gradient of the scores.
         statistics: [rows, 2], from :func:`weights_forward`.
         kind: the weight function.
@@ -73,8 +71,8 @@ def weights_backward(
     Returns:
         Weights and gradient of the scores, [rows, n] each.
     """
-    weights = kept if kind.norm_activation == "softmax" else torch.empty_like(kept)
-    _run(whole_backward, long_backward, 16, (kept, weight_grads, weights, statistics), kind)
+    weights = torch.empty_like(scores)
+    _run(whole_backward, long_backward, 16, (scores, weight_grads, weights, statistics), kind)
     return weights, weight_grads
 
 
@@ -94,7 +92,7 @@ def _run(
         "TANH": kind.gelu_approximate == "tanh",
         "EXACT": tensors[0].dtype == torch.float32,
     }
-    launch = _launch(n, elements_per_thread)
+    launch = launch_of(n, elements_per_thread)
     if launch is None:
         blocks = -(-n // _BLOCK)
         long[(rows,)](*tensors, *numbers, **function, BLOCK=_BLOCK, BLOCKS=blocks, num_warps=8)

@@ -142,15 +142,15 @@ def whole_backward(
         first = tl.load(statistics + row * 2, mask=row < rows, other=1.0)
         second = tl.load(statistics + row * 2 + 1, mask=row < rows, other=1.0)
     factor = row_factor(first, second, root, tau, eps, KIND)
+    missing: tl.constexpr = float("-inf") if KIND == SOFTMAX else 0.0
     along = tl.zeros((ROWS, PIECE), tl.float32)
     kept = ()
     for i in tl.static_range(PIECES):
         offsets, inside = _offsets(row, rows, n, i * PIECE, PIECE, EVEN)
-        score = tl.load(scores + offsets, mask=inside, other=0.0).to(tl.float32)
+        score = tl.load(scores + offsets, mask=inside, other=missing).to(tl.float32)
         grad = tl.load(weight_grads + offsets, mask=inside, other=0.0).to(tl.float32)
         weight, y, grad, slope = backward_terms(score, grad, first, factor, KIND, TANH, EXACT)
-        if KIND != SOFTMAX:
-            tl.store(weights + offsets, weight.to(weights.dtype.element_ty), mask=inside)
+        tl.store(weights + offsets, weight.to(weights.dtype.element_ty), mask=inside)
         along += y * grad
         kept = kept + ((y, grad, slope),)  # noqa: RUF005
     total = tl.sum(along, axis=1, keep_dims=True)
@@ -247,21 +247,21 @@ def long_backward(
         first = tl.load(statistics + row * 2)
         second = tl.load(statistics + row * 2 + 1)
     factor = row_factor(first, second, root, tau, eps, KIND)
+    missing: tl.constexpr = float("-inf") if KIND == SOFTMAX else 0.0
     along = tl.zeros((1, BLOCK), tl.float32)
     if KIND != GELU:
         for start in range(0, BLOCKS * BLOCK, BLOCK):
             offsets, inside = _offsets(row, rows, n, start, BLOCK, False)
-            score = tl.load(scores + offsets, mask=inside, other=0.0).to(tl.float32)
+            score = tl.load(scores + offsets, mask=inside, other=missing).to(tl.float32)
             grad = tl.load(weight_grads + offsets, mask=inside, other=0.0).to(tl.float32)
             _, y, grad, _ = backward_terms(score, grad, first, factor, KIND, TANH, EXACT)
             along += y * grad
     total = tl.sum(along, axis=1, keep_dims=True)
     for start in range(0, BLOCKS * BLOCK, BLOCK):
         offsets, inside = _offsets(row, rows, n, start, BLOCK, False)
-        score = tl.load(scores + offsets, mask=inside, other=0.0).to(tl.float32)
+        score = tl.load(scores + offsets, mask=inside, other=missing).to(tl.float32)
         grad = tl.load(weight_grads + offsets, mask=inside, other=0.0).to(tl.float32)
         weight, y, grad, slope = backward_terms(score, grad, first, factor, KIND, TANH, EXACT)
         grad = score_gradient(y, grad, slope, total, first, second, factor, root, tau, KIND)
-        if KIND != SOFTMAX:
-            tl.store(weights + offsets, weight.to(weights.dtype.element_ty), mask=inside)
+        tl.store(weights + offsets, weight.to(weights.dtype.element_ty), mask=inside)
         tl.store(weight_grads + offsets, grad.to(weight_grads.dtype.element_ty), mask=inside)

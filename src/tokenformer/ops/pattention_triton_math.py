@@ -106,14 +106,15 @@ def weight_of(part, first, factor, KIND: tl.constexpr, TANH: tl.constexpr, EXACT
 
 @triton.jit
 def backward_terms(score, grad, first, factor, KIND: tl.constexpr, TANH: tl.constexpr, EXACT: tl.constexpr):
-    """The weight (softmax keeps that in place of the score); y and g, whose product summed over the row is what
-    :func:`score_gradient` needs; and the slope of the activation where it comes after the sum."""
+    """The weight; y and g, whose product summed over the row is what :func:`score_gradient` needs; and the slope of the
+    activation where it comes after the sum."""
     if KIND == L2_NORM_GELU:
         y = score * first * factor
         weight, slope = _gelu_and_slope(y, TANH, EXACT)
         return weight, y, grad * slope, slope
     if KIND == SOFTMAX:
-        return score, score, grad, grad
+        weight = tl.exp(score - first) * factor
+        return weight, weight, grad, grad
     weight, slope = _gelu_and_slope(score, TANH, EXACT)
     if KIND == GELU_L2_NORM:
         weight = weight * first * factor
