@@ -18,6 +18,7 @@ from tokenformer.ops.pattention import (
     pattention,
     pattention_projections,
 )
+from tokenformer.ops.pattention_float8 import pattention_float8, pattention_float8_projections
 
 COPY_NOISE = 0.1
 """Noise on the values of copies, relative to their own root mean square; it sums to zero over the copies."""
@@ -25,6 +26,12 @@ COPY_NOISE = 0.1
 
 PattentionOp = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor], WeightKind], Tensor]
 """x, keys, values, kind -> output, as :func:`~tokenformer.ops.pattention.pattention`."""
+
+_TOGETHER: dict[PattentionOp, Callable[..., list[Tensor]]] = {
+    pattention: pattention_projections,
+    pattention_float8: pattention_float8_projections,
+}
+"""The same over several projections of one input."""
 
 
 class TokenInit(NamedTuple):
@@ -251,13 +258,17 @@ class Pattention(nn.Module):
 def project_together(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
     """What the layers make of one input, [..., d_out] each; Pattention layers of one form share their products."""
     plain = [layer for layer in layers if type(layer) is Pattention and _is_plain(layer)]
-    forms = {(layer.kind, layer.num_param_tokens, layer.in_features, layer.out_features) for layer in plain}
+    forms = {
+        (layer.op, layer.kind, layer.num_param_tokens, layer.in_features, layer.out_features)
+        for layer in plain
+    }
     if len(plain) != len(layers) or len(forms) > 1:
         return [layer(x) for layer in layers]
     keys = [list(layer.key_tokens) for layer in plain]
-    return pattention_projections(x, keys, [list(layer.value_tokens) for layer in plain], plain[0].kind)
+    values = [list(layer.value_tokens) for layer in plain]
+    return _TOGETHER[plain[0].op](x, keys, values, plain[0].kind)
 
 
 def _is_plain(layer: Pattention) -> bool:
-    """Whether calling the layer is computing :func:`~tokenformer.ops.pattention.pattention`, and nothing else."""
-    return layer.op is pattention and not layer._forward_hooks and not layer._forward_pre_hooks
+    """Whether calling the layer is computing its ``op`` and nothing else, which also takes several projections."""
+    return layer.op in _TOGETHER and not layer._forward_hooks and not layer._forward_pre_hooks

@@ -1,0 +1,410 @@
+"""Pattention with its products in float8 (e4m3) on a GPU that has them; what lies between them is in float32 as ever.
+
+Every tensor is quantised as it is (dynamic scaling): inputs, weights and gradients with a power of two for each row,
+tokens with one for all. Rows are scaled back in what follows a product anyway. The products of the tokens' gradients,
+which sum over rows, take transposed copies with one scale. Gradients of the tokens are float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenformer.ops.autocast import autocast_dtype, without_autocast
+from tokenformer.ops.pattention import (
+    NORM_ACTIVATIONS,
+    WHOLE_ROWS,
+    RowReductions,
+    WeightKind,
+    pattention_projections,
+)
+
+FLOAT8 = torch.float8_e4m3fn
+_MULTIPLE = 16  # of every size of a product
+_LONGEST_ROW = 16384
+_TILE = (128, 64)  # of a transposition
+_LARGEST_BLOCK = 4096
+_KEY_LARGEST, _VALUE_LARGEST, _KEY, _VALUE, _X, _WEIGHT, _SCORE_GRAD, _GRAD = range(8)
+"""Rows of the table of numbers that are of a whole tensor: largest entries, then scales."""
+
+
+def has_float8(device: torch.device) -> bool:
+    """Whether the device multiplies float8."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def pattention_float8(
+    x: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    kind: WeightKind,
+    rows: RowReductions = WHOLE_ROWS,
+) -> Tensor:
+    """As :func:`tokenformer.ops.pattention.pattention`."""
+    return pattention_float8_projections(x, [keys], [values], kind, rows)[0]
+
+
+def pattention_float8_projections(
+    x: Tensor,
+    keys: Sequence[Sequence[Tensor]],
+    values: Sequence[Sequence[Tensor]],
+    kind: WeightKind,
+    rows: RowReductions = WHOLE_ROWS,
+) -> list[Tensor]:
+    """As :func:`tokenformer.ops.pattention.pattention_projections`, which it is where sizes are no multiples of 16,
+    where the tokens are a part of the layer's, and in other dtypes than bfloat16."""
+    n = sum(group.shape[0] for group in keys[0])
+    sizes = (x.numel() // x.shape[-1], x.shape[-1], n, values[0][0].shape[-1])
+    serves = autocast_dtype(x) == torch.bfloat16 and rows is WHOLE_ROWS
+    if not serves or any(size % _MULTIPLE or size == 0 for size in sizes) or n > _LONGEST_ROW:
+        return pattention_projections(x, keys, values, kind, rows)
+    with without_autocast(x.device.type):
+        return _fused(x.to(torch.bfloat16), keys, values, kind)
+
+
+def _fused(
+    x: Tensor, keys: Sequence[Sequence[Tensor]], values: Sequence[Sequence[Tensor]], kind: WeightKind
+) -> list[Tensor]:
+    flat_keys, flat_values = (
+        [group for projection in tokens for group in projection] for tokens in (keys, values)
+    )
+    outputs, scales, *_ = float8_forward(
+        x.reshape(-1, x.shape[-1]), flat_keys, flat_values, len(values), *kind
+    )
+    return [
+        _Scaled.apply(out, scale).reshape(*x.shape[:-1], out.shape[-1])
+        for out, scale in zip(outputs, scales.unbind(), strict=True)
+    ]
+
+
+class _Scaled(torch.autograd.Function):
+    """Rows [rows, d] times their scales [rows]; the gradient that goes back is that of the result."""
+
+    @staticmethod
+    def forward(x: Tensor, scale: Tensor) -> Tensor:
+        return _times(x, scale)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def _times(x: Tensor, scale: Tensor) -> Tensor:
+    return (x.float() * scale[:, None]).to(x.dtype)
+
+
+@torch.library.custom_op("tokenformer::pattention_float8_forward", mutates_args=())
+def float8_forward(
+    x: Tensor,
+    keys: list[Tensor],
+    values: list[Tensor],
+    projections: int,
+    norm_activation: str,
+    tau: float,
+    gelu_approximate: str,
+    norm_eps: float,
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """p projections of ``x`` [rows, d_in], of p * g groups of ``keys`` [n_g, d_in] and ``values`` [n_g, d_out].
+
+    Returns p outputs [rows, d_out] and the scales of their rows [p, rows]; the scores [rows * p, n] and their
+    statistics [rows * p, 2]; in float8 the weights [p, rows, n], the input [rows, d_in] with its scales [rows], the
+    keys transposed [d_in, p * n] and the values [p * n, d_out]; and the table of numbers.
+    """
+    from tokenformer.ops.pattention_float8_triton import forward_to_float8
+
+    rows, tokens = x.shape[0], sum(group.shape[0] for group in keys)
+    n = tokens // projections
+    numbers = torch.zeros(8, 4, device=x.device)  # rows of 16 bytes
+    key, key_transposed = _tokens(keys, numbers, _KEY_LARGEST, _KEY)
+    value, value_transposed = _tokens(values, numbers, _VALUE_LARGEST, _VALUE)
+    quantized, input_scales = _rows([x], numbers[_X])
+    scores = _product(quantized[0], key, numbers[_KEY]).view(-1, n)
+    weights = torch.empty(projections, rows, n, dtype=FLOAT8, device=x.device)
+    weight_scales = torch.empty(projections, rows, device=x.device)
+    statistics = torch.empty(rows * projections, 2, device=x.device)
+    launch, numbers_of_kind, options = _layout(
+        rows, projections, n, norm_activation, tau, gelu_approximate, norm_eps
+    )
+    forward_to_float8[(-(-rows * projections // launch["ROWS"]),)](
+        scores,
+        input_scales[0],
+        weights,
+        weight_scales,
+        numbers[_WEIGHT],
+        statistics,
+        rows * projections,
+        projections,
+        *numbers_of_kind,
+        **options,
+        **launch,
+    )
+    outputs = [
+        _product(w, v, numbers[_VALUE])
+        for w, v in zip(weights, value_transposed.split(n, dim=1), strict=True)
+    ]
+    kept = quantized[0], input_scales[0], key_transposed, value, numbers
+    return outputs, weight_scales, scores, statistics, weights, *kept
+
+
+@torch.library.custom_op("tokenformer::pattention_float8_backward", mutates_args=())
+def float8_backward(
+    grads: list[Tensor],
+    scores: Tensor,
+    statistics: Tensor,
+    weights: Tensor,
+    weight_scales: Tensor,
+    x: Tensor,
+    input_scales: Tensor,
+    key_transposed: Tensor,
+    value: Tensor,
+    numbers: Tensor,
+    norm_activation: str,
+    tau: float,
+    gelu_approximate: str,
+    norm_eps: float,
+    need_x: bool,
+    need_key: bool,
+    need_value: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """From ``grads``, p times [rows, d_out], and what the forward returned: gradients of x [rows, d_in], the scales of
+    its rows [rows], of the keys [p * n, d_in] and the values [p * n, d_out], float32; empty where not wanted."""
+    from tokenformer.ops.pattention_float8_triton import backward_to_float8
+
+    projections, rows, n = weights.shape
+    numbers = numbers.clone()
+    quantized, grad_scales = _rows(grads, numbers[_GRAD])
+    weight_grads = torch.empty(projections, rows, n, dtype=torch.bfloat16, device=x.device)
+    for grad, tokens, out in zip(quantized, value.split(n), weight_grads, strict=True):
+        _product(grad, tokens, numbers[_VALUE], out=out)
+    value_grad = torch.empty(value.shape if need_value else 0, device=x.device)
+    if need_value:
+        grads_transposed = _transposed(quantized, grad_scales, numbers[_GRAD])
+        weights_transposed = _transposed(weights, weight_scales, numbers[_WEIGHT])
+        for a, b, out in zip(weights_transposed, grads_transposed, value_grad.split(n), strict=True):
+            _product(a, b, numbers[_GRAD], numbers[_WEIGHT], out=out)
+        del grads_transposed, weights_transposed
+    score_grads = torch.empty(rows, projections * n, dtype=FLOAT8, device=x.device)
+    score_grad_scales = torch.empty(rows, device=x.device)
+    launch, numbers_of_kind, options = _layout(
+        rows, projections, n, norm_activation, tau, gelu_approximate, norm_eps, together=projections > 1
+    )
+    programs = rows if projections > 1 else -(-rows // launch["ROWS"])
+    backward_to_float8[(programs,)](
+        scores,
+        input_scales,
+        weight_grads,
+        grad_scales,
+        score_grads,
+        score_grad_scales,
+        numbers[_SCORE_GRAD],
+        statistics,
+        rows * projections,
+        projections,
+        *numbers_of_kind,
+        **options,
+        **launch,
+        TOGETHER=projections > 1,
+    )
+    del weight_grads
+    key_grad = torch.empty((projections * n, x.shape[1]) if need_key else 0, device=x.device)
+    if need_key:
+        a = _transposed(score_grads[None], score_grad_scales[None], numbers[_SCORE_GRAD])[0]
+        b = _transposed(x[None], input_scales[None], numbers[_X])[0]
+        _product(a, b, numbers[_X], numbers[_SCORE_GRAD], out=key_grad)
+    nothing = torch.empty(0, dtype=torch.bfloat16, device=x.device)
+    grad_x = _product(score_grads, key_transposed, numbers[_KEY]) if need_x else nothing
+    return grad_x, score_grad_scales, key_grad, value_grad
+
+
+@float8_forward.register_fake
+def _(x: Tensor, keys: list[Tensor], values: list[Tensor], projections: int, *kind: Any) -> Any:
+    rows, d_in, d_out = x.shape[0], x.shape[1], values[0].shape[1]
+    tokens = sum(group.shape[0] for group in keys)
+    n = tokens // projections
+
+    def float8(*size: int) -> Tensor:
+        return x.new_empty(size, dtype=FLOAT8)
+
+    def float32(*size: int) -> Tensor:
+        return x.new_empty(size, dtype=torch.float32)
+
+    outputs = [x.new_empty(rows, d_out) for _ in range(projections)]
+    scores, statistics = x.new_empty(rows * projections, n), float32(rows * projections, 2)
+    kept = float8(rows, d_in), float32(rows), float8(d_in, tokens), float8(tokens, d_out), float32(8, 4)
+    return outputs, float32(projections, rows), scores, statistics, float8(projections, rows, n), *kept
+
+
+@float8_backward.register_fake
+def _(
+    grads: list[Tensor],
+    scores: Tensor,
+    statistics: Tensor,
+    weights: Tensor,
+    weight_scales: Tensor,
+    x: Tensor,
+    input_scales: Tensor,
+    key_transposed: Tensor,
+    value: Tensor,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    sizes: tuple[tuple[int, ...], ...] = (
+        tuple(x.shape),
+        tuple(key_transposed.shape[::-1]),
+        tuple(value.shape),
+    )
+    grad_x, grad_key, grad_value = (
+        x.new_empty(size if wanted else (0,), dtype=dtype)
+        for size, wanted, dtype in zip(
+            sizes, rest[-3:], (torch.bfloat16, torch.float32, torch.float32), strict=True
+        )
+    )
+    return grad_x, x.new_empty(x.shape[0], dtype=torch.float32), grad_key, grad_value
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    _, keys, values, _, *kind = inputs
+    _, weight_scales, scores, statistics, weights, *kept = output
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(scores, statistics, weights, weight_scales, *kept)
+    ctx.kind = kind
+    ctx.sizes = [[group.shape[0] for group in groups] for groups in (keys, values)]
+    ctx.dtypes = [groups[0].dtype for groups in (keys, values)]
+
+
+def _backward(ctx: Any, grads: list[Tensor], *_: Tensor | None) -> tuple[Any, ...]:
+    need_x, *needed, _, _, _, _, _ = ctx.needs_input_grad
+    wanted = [need_x, *(any(flags) for flags in needed)]
+    grad_x, scales, *token_grads = float8_backward(grads, *ctx.saved_tensors, *ctx.kind, *wanted)
+    parts = []
+    for grad, sizes, flags, dtype in zip(token_grads, ctx.sizes, needed, ctx.dtypes, strict=True):
+        groups = grad.split(sizes) if any(flags) else [grad] * len(sizes)
+        parts.append([g.to(dtype) if need else None for g, need in zip(groups, flags, strict=True)])
+    return _times(grad_x, scales) if need_x else None, *parts, *(None for _ in range(5))
+
+
+float8_forward.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _product(
+    a: Tensor, b: Tensor, scale_b: Tensor, scale_a: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
+    """``a b^T`` times the scales, [m, k] and [n, k] to [m, n]; bfloat16, or as ``out`` is."""
+    scale_a = _one(a.device) if scale_a is None else scale_a[0]
+    dtype = torch.bfloat16 if out is None else out.dtype
+    if out is None:
+        out = torch.empty(a.shape[0], b.shape[0], dtype=dtype, device=a.device)
+    torch._scaled_mm(
+        a, b.t(), scale_a, scale_b[0], out_dtype=dtype, use_fast_accum=dtype == torch.bfloat16, out=out
+    )
+    return out
+
+
+@cache
+def _one(device: torch.device) -> Tensor:
+    return torch.ones((), device=device)
+
+
+def _rows(tensors: Sequence[Tensor], largest_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """p tensors [rows, features] in float8 [p, rows, features], and the scales of their rows [p, rows]."""
+    from tokenformer.ops.pattention_float8_triton import quantize_rows
+
+    rows, features = tensors[0].shape
+    quantized = torch.empty(len(tensors), rows, features, dtype=FLOAT8, device=tensors[0].device)
+    scales = torch.empty(len(tensors), rows, device=tensors[0].device)
+    block = 1 << (features - 1).bit_length()
+    for tensor, place, of_rows in zip(tensors, quantized, scales, strict=True):
+        quantize_rows[(rows,)](
+            tensor.contiguous(), place, of_rows, largest_scale, features, BLOCK=block, num_warps=4
+        )
+    return quantized, scales
+
+
+def _transposed(quantized: Tensor, scales: Tensor, largest_scale: Tensor) -> Tensor:
+    """[p, rows, features] with ``scales`` [p, rows] to [p, features, rows] with one for all."""
+    from tokenformer.ops.pattention_float8_triton import transpose_rows
+
+    p, rows, features = quantized.shape
+    transposed = torch.empty(p, features, rows, dtype=FLOAT8, device=quantized.device)
+    grid = _tiles(rows, features)
+    for a, scale, out in zip(quantized, scales, transposed, strict=True):
+        transpose_rows[grid](
+            a, scale, largest_scale, out, rows, features, ROWS=_TILE[0], COLUMNS=_TILE[1], num_warps=8
+        )
+    return transposed
+
+
+def _tokens(groups: Sequence[Tensor], numbers: Tensor, largest: int, scale: int) -> tuple[Tensor, Tensor]:
+    """All groups in float8 [tokens, features], and transposed; fills two rows of the table."""
+    from tokenformer.ops.pattention_float8_triton import find_largest, quantize_tokens
+
+    total, features = sum(group.shape[0] for group in groups), groups[0].shape[1]
+    quantized = torch.empty(total, features, dtype=FLOAT8, device=groups[0].device)
+    transposed = torch.empty(features, total, dtype=FLOAT8, device=groups[0].device)
+    groups = [group.contiguous() for group in groups]
+    for group in groups:
+        find_largest[(-(-group.numel() // _LARGEST_BLOCK),)](
+            group, numbers[largest], group.numel(), BLOCK=_LARGEST_BLOCK
+        )
+    first = 0
+    for group in groups:
+        n = group.shape[0]
+        quantize_tokens[_tiles(n, features)](
+            group,
+            numbers[largest],
+            numbers[scale],
+            quantized,
+            transposed,
+            n,
+            features,
+            first,
+            total,
+            ROWS=_TILE[0],
+            COLUMNS=_TILE[1],
+            num_warps=8,
+        )
+        first += n
+    return quantized, transposed
+
+
+def _tiles(rows: int, columns: int) -> tuple[int, int]:
+    return -(-rows // _TILE[0]), -(-columns // _TILE[1])
+
+
+def _layout(
+    rows: int,
+    projections: int,
+    n: int,
+    norm_activation: Any,
+    tau: float,
+    gelu_approximate: str,
+    norm_eps: float,
+    *,
+    together: bool = False,
+) -> tuple[dict[str, int], tuple[float, ...], dict[str, Any]]:
+    """Sizes of a program, arguments and options of a pass over the scores."""
+    from tokenformer.ops.pattention_rows import launch_of
+
+    launch = launch_of(n, 16)
+    assert launch is not None
+    rows_of_program, warps = launch.rows, launch.warps
+    if together:
+        rows_of_program = 1 << (projections - 1).bit_length()
+        warps = min(16, max(launch.warps, rows_of_program * n // 512, 1))
+        warps = 1 << (warps - 1).bit_length()
+    sizes = {"ROWS": rows_of_program, "PIECE": launch.piece, "PIECES": launch.pieces, "num_warps": warps}
+    numbers = (n, tau**0.5, tau, norm_eps)
+    options = {
+        "KIND": NORM_ACTIVATIONS.index(norm_activation),
+        "TANH": gelu_approximate == "tanh",
+        "EXACT": False,
+        "EVEN": launch.piece * launch.pieces == n,
+    }
+    return sizes, numbers, options
