@@ -4,15 +4,17 @@
 
 Sides, all in one run and each with the memory to itself: ``ours``; ``formula``, the published formula of Pattention in
 plain tensor operations in its place, everything else the same; ``published``, that with the loss of all logits at
-once, compiled as well; ``transformer``, our baseline with as many parameters in
-the same step; ``gpt_neox``, that of Hugging Face with as many parameters, its own loss and a fused AdamW. On a GPU
-every side is compiled and computes in bfloat16 over float32 weights. A time is the median over steps, the first of
-which warm up.
+once, compiled as well, and without CUDA graphs; ``transformer``, our baseline with as many parameters in
+the same step; ``gpt_neox``, that of Hugging Face with as many parameters, its own loss and a fused AdamW;
+``accumulated``: ours in two passes of half the batch; ``launched``: ours without CUDA graphs; ``float8``: ours with
+Pattention in float8. On a GPU every side is compiled and computes in bfloat16 over float32 weights. A time is the
+median over steps, the first of which warm up.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import platform
 import statistics
@@ -35,12 +37,13 @@ from tokenformer.models.registry import build_model
 from tokenformer.models.tokenformer.config import TokenFormerConfig
 from tokenformer.models.transformer.config import TransformerConfig
 from tokenformer.ops.pattention import WeightKind
+from tokenformer.ops.pattention_float8 import pattention_float8
 from tokenformer.train.config import RunConfig, StageConfig
 from tokenformer.train.step import TrainStep
 from tokenformer.validation import validate
 
-SIDES = ("ours", "formula", "published", "transformer", "gpt_neox")
-WARM_UP = 3
+SIDES = ("ours", "formula", "published", "transformer", "gpt_neox", "accumulated", "launched", "float8")
+WARM_UP = 5
 
 
 class Size(NamedTuple):
@@ -122,6 +125,7 @@ def measure_peak(device: torch.device) -> float:
 def measure(side: str, size: Size, arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     torch.manual_seed(0)
     torch.compiler.reset()
+    gc.collect()  # the side before
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -161,6 +165,10 @@ def our_step(
         model = build_model(transformer_config(size))
     else:
         model = build_model(tokenformer_config(size, arguments.norm_activation))
+    if side == "float8":
+        for module in model.modules():
+            if isinstance(module, Pattention):
+                module.op = pattention_float8
     if side in ("formula", "published"):
         for module in model.modules():
             if isinstance(module, Pattention):
@@ -170,9 +178,17 @@ def our_step(
         for block in model.blocks:  # type: ignore[union-attr]
             block.compile(dynamic=False)
     task = FullLogitsTask() if side == "published" else RandomTask()
-    step = TrainStep(model, task, stage_config(size), device)  # type: ignore[arg-type]
+    stage = stage_config(size, cuda_graphs=side not in ("published", "launched"))
+    step = TrainStep(model, task, stage, device)  # type: ignore[arg-type]
+    passes = 2 if side == "accumulated" else 1
+    if passes > 1:
+        batches = [
+            Batch(*halves)
+            for batch in batches
+            for halves in zip(*(x.chunk(passes) for x in batch[:2]), strict=True)
+        ]
     endless = cycle(batches)
-    return lambda: step(endless, 0).nats / (size.sequences * size.length), count(model)
+    return lambda: step(endless, 0, passes).nats / (size.sequences * size.length), count(model)
 
 
 def published_op(x: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], kind: WeightKind) -> Tensor:
@@ -228,10 +244,11 @@ def shared_fields(size: Size) -> dict[str, Any]:
     }
 
 
-def stage_config(size: Size) -> StageConfig:
+def stage_config(size: Size, *, cuda_graphs: bool = True) -> StageConfig:
     values = {
         "model": tokenformer_config(size, "gelu").model_dump(mode="json"),
         "steps": 1000,
+        "precision": {"cuda_graphs": "auto" if cuda_graphs else False},
         "data": {
             "path": ".",
             "sequence_length": size.length,

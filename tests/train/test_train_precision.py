@@ -112,3 +112,11 @@ def test_sick_steps_end_the_run_as_configured(
     monkeypatch.setattr(LanguageModelingTask, "loss", infinite)
     with pytest.raises(TokenFormerError, match="step 2: loss or gradient was not finite for 2 steps"):
         train(config, tmp_path / "run", quiet=True)
+
+
+def test_float8_where_there_is_none(make_config: MakeConfig, tmp_path: Path) -> None:
+    with pytest.raises(
+        TokenFormerError, match=r"precision\.float8: cpu has no float8, expected a CUDA device"
+    ):
+        train(make_config("precision.float8=true", "parallel.device=cpu"), tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()

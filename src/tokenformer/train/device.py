@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 
 from tokenformer.errors import TokenFormerError
+from tokenformer.ops.pattention_float8 import has_float8
 from tokenformer.parallel.launch import Launch
 from tokenformer.train.sections import ParallelConfig, PrecisionConfig
 
@@ -108,9 +109,38 @@ def autocast(dtype: torch.dtype, device: torch.device) -> AbstractContextManager
     return torch.autocast(device.type, dtype=dtype)
 
 
+def check_float8(precision: PrecisionConfig, device: torch.device, tensor_ranks: int) -> None:
+    """Refuse ``float8`` where it would not be computed.
+
+    Raises:
+        TokenFormerError: the device has none, the rest is not bfloat16, or parameter tokens are split over ranks.
+    """
+    if not precision.float8:
+        return
+    if not has_float8(device):
+        raise TokenFormerError(
+            f"precision.float8: {device} has no float8, expected a CUDA device of compute capability 8.9 or more"
+        )
+    if (dtype := compute_dtype(precision, device)) != torch.bfloat16:
+        raise TokenFormerError(
+            f"precision.float8: found dtype {str(dtype).removeprefix('torch.')}, expected bfloat16 beside it"
+        )
+    if tensor_ranks > 1:
+        raise TokenFormerError(f"precision.float8: found parallel.tensor {tensor_ranks}, expected 1")
+
+
 def wants_compile(precision: PrecisionConfig, device: torch.device) -> bool:
     """Whether the blocks are compiled: as configured, on CUDA by itself."""
     return device.type == "cuda" if precision.compile == "auto" else precision.compile
+
+
+def wants_cuda_graphs(precision: PrecisionConfig, device: torch.device) -> bool:
+    """Whether passes are recorded as CUDA graphs: as configured, and by itself where blocks are compiled."""
+    if device.type != "cuda":
+        return False
+    if precision.cuda_graphs == "auto":
+        return wants_compile(precision, device)
+    return precision.cuda_graphs
 
 
 @contextmanager

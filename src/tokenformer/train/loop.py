@@ -216,7 +216,8 @@ class StageLoop:
         self._logged = state
         seconds, tokens = state.seconds - before.seconds, state.tokens - before.tokens
         values["lr"] = self.step.learning_rate(state.stage_step - 1)
-        values |= self._speed.read(tokens, state.flops - before.flops, seconds)
+        flops = state.flops - before.flops
+        values |= self._speed.read(tokens, flops, seconds, self.step.recorded_memory)
         data = self.stage.data
         left = data.tokens_before(self.stage.steps) - data.tokens_before(state.stage_step)
         values["seconds_left"] = round(left * seconds / max(tokens, 1), 1)

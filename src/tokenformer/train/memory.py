@@ -128,20 +128,24 @@ def kept_for_backward(config: DecoderConfig, setup: TrainingSetup) -> float:
 def _kept_by_block(config: DecoderConfig, setup: TrainingSetup) -> float:
     d, h, width = config.hidden_size, config.num_attention_heads, setup.width
     is_tokenformer = isinstance(config, TokenFormerConfig)
-    # query, key, value, output, and the log-sum-exp of each row; fused, the value is a part of all three projections
-    heads = (6 if _path(config, setup) == "fused" else 4) * d * width + _FLOAT * h
+    heads = 4 * d * width + _FLOAT * h  # query, key, value, output, and the log-sum-exp of each row
     if is_tokenformer or setup.tensor == 1:
         split = 1
     else:
         split = setup.tensor  # a Transformer's heads are divided among the ranks
-    if setup.compiled and width == _FLOAT and _path(config, setup) != "fused":
+    norms = 4 * _FLOAT
+    if is_tokenformer and width != _FLOAT:  # norms keep their results, which the products take
+        stream, norms = 0, 2 * _FLOAT
+        inputs = 3
+        if not setup.compiled and setup.dtype == "float16":  # and those in float32, which it computes in
+            stream, inputs = 3, 2
+    elif setup.compiled and width == _FLOAT and _path(config, setup) != "fused":
         stream, inputs = (2, 1) if is_tokenformer else (1, 4)
     elif setup.compiled:
         stream, inputs = 1, 4
     else:
         # the inputs of both norms, in float32; those of the products, copied by autocast for each linear layer
-        stream, inputs = 2, 3 if width == _FLOAT or is_tokenformer else 5
-    norms = 4 * _FLOAT
+        stream, inputs = 2, 3 if width == _FLOAT else 5
     residual = _FLOAT * stream * d + width * inputs * d + norms
     return setup.tokens * (residual + heads / split + _kept_by_inner(config, setup))
 
@@ -211,11 +215,11 @@ def _gathered(config: DecoderConfig, setup: TrainingSetup) -> float:
 def _loss_workspace(config: DecoderConfig, setup: TrainingSetup) -> float:
     """The logits of a chunk and what is made of them; the gradients of hidden states and head."""
     d, v, width = config.hidden_size, config.vocab_size, setup.width
-    head = v * d * (_FLOAT + width + (width if width != _FLOAT else 0))
-    if setup.device_type == "cuda":  # the gradient takes the logits' place; those of the next chunk join them
+    head = v * d * (_FLOAT + (width if width != _FLOAT else 0))
+    if setup.device_type == "cuda":  # the gradient takes the logits' place
         chunks = -(-setup.tokens // max(1, _GPU_LOSS_CHUNK // v))
-        held = setup.tokens * v / chunks * min(2, chunks)
-        return width * held + head + setup.tokens * d * (_FLOAT + 2 * width)
+        return width * setup.tokens * v / chunks + head + setup.tokens * d * (_FLOAT + 2 * width)
+    head += v * d * width
     logits = min(setup.tokens, max(1, _LOSS_CHUNK // v)) * v
     scaled = 3 if width == _FLOAT else 4
     chunk = logits * (scaled * _FLOAT + (width if width != _FLOAT else 0))

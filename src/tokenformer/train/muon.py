@@ -16,7 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.placement_types import Replicate, Shard
-from torch.optim.adamw import adamw
+
+from tokenformer.train.adamw import step_adamw
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _EPS = 1e-7
@@ -61,7 +62,8 @@ class Muon(torch.optim.Optimizer):
     Each step of a matrix W with gradient G: ``B += (1 - momentum) (G - B)``; ``W *= 1 - lr decay``;
     ``W -= lr ratio orthogonalize(M)`` with M = B, or G + momentum (B - G) with ``nesterov``. Parameters may be
     DTensors: the matrices are put together for the orthogonalisation, and ranks share that work. The attribute
-    ``found_inf`` (1.0 on the device) makes a step leave everything as it is, as with torch's fused optimisers.
+    ``found_inf`` (1.0 on the device) makes a step leave everything as it is, and ``grad_scale`` is what gradients are
+    divided by, as with torch's fused optimisers.
 
     Args:
         groups: dicts with ``params``, ``algorithm`` and ``weight_decay``.
@@ -75,6 +77,7 @@ class Muon(torch.optim.Optimizer):
     """
 
     found_inf: Tensor | None = None
+    grad_scale: Tensor | None = None
 
     def __init__(
         self,
@@ -101,7 +104,16 @@ class Muon(torch.optim.Optimizer):
             if trained and group["algorithm"] == "muon":
                 self._step_matrices(trained, group["lr"], group["weight_decay"])
             elif trained:
-                self._step_rest(trained, group["lr"], group["weight_decay"])
+                step_adamw(
+                    trained,
+                    self.state,
+                    lr=group["lr"],
+                    betas=self._betas,
+                    eps=self._eps,
+                    weight_decay=group["weight_decay"],
+                    grad_scale=self.grad_scale,
+                    found_inf=self.found_inf,
+                )
 
     def _step_matrices(self, parameters: list[Tensor], lr: float, weight_decay: float) -> None:
         at_once = max(_MATRICES_AT_ONCE, _ranks_of(parameters[0]))
@@ -121,6 +133,8 @@ class Muon(torch.optim.Optimizer):
         if not state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
         buffer, gradient = _local(state["momentum_buffer"]), _local(cast(Tensor, parameter.grad))
+        if self.grad_scale is not None:
+            gradient = gradient / self.grad_scale
         if self.found_inf is not None:
             gradient = torch.where(self.found_inf.bool(), buffer, gradient)  # moves the buffer nowhere
         buffer.lerp_(gradient, 1 - self._momentum)
@@ -143,33 +157,6 @@ class Muon(torch.optim.Optimizer):
             for index, part in zip(indices, _shared_out(shards, shapes, group, self._ns_steps), strict=True):
                 result[index] = part
         return cast(list[Tensor], result)
-
-    def _step_rest(self, parameters: list[Tensor], lr: float, weight_decay: float) -> None:
-        for parameter in parameters:
-            if not self.state[parameter]:
-                zeros = (torch.zeros_like(parameter) for _ in range(2))
-                step = torch.zeros((), device=parameter.device)
-                self.state[parameter] = dict(
-                    zip(("exp_avg", "exp_avg_sq", "step"), (*zeros, step), strict=True)
-                )
-        states = [self.state[parameter] for parameter in parameters]
-        adamw(
-            [_local(parameter) for parameter in parameters],
-            [_local(cast(Tensor, parameter.grad)) for parameter in parameters],
-            [_local(state["exp_avg"]) for state in states],
-            [_local(state["exp_avg_sq"]) for state in states],
-            [],
-            [state["step"] for state in states],
-            fused=True,
-            found_inf=self.found_inf,
-            amsgrad=False,
-            beta1=self._betas[0],
-            beta2=self._betas[1],
-            lr=lr,
-            weight_decay=weight_decay,
-            eps=self._eps,
-            maximize=False,
-        )
 
 
 def _local(tensor: Tensor) -> Tensor:

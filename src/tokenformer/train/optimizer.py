@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from tokenformer.errors import TokenFormerError
 from tokenformer.models.base import LanguageModel
 from tokenformer.parallel.shard import spread_like
+from tokenformer.train.adamw import AdamW
 from tokenformer.train.muon import Muon
 from tokenformer.train.sections import OptimizerConfig
 from tokenformer.validation import nearest
@@ -66,7 +67,7 @@ def check_roles_and_groups(
 
 def build_optimizer(
     model: LanguageModel, config: OptimizerConfig, trained: Collection[str] | None = None
-) -> torch.optim.AdamW | Muon:
+) -> AdamW | Muon:
     """The optimiser, whose groups carry ``lr_multiplier``; frozen parameters no longer require gradients and are left
     out. With ``trained``, names of parameters, all others are frozen.
 
@@ -101,7 +102,7 @@ def build_optimizer(
         for (algorithm, decay, multiplier, _), parameters in groups.items()
     ]
     if config.name == "adamw":
-        return torch.optim.AdamW(described, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+        return AdamW(described, lr=config.lr, betas=config.betas, eps=config.eps)
     return Muon(
         described,
         lr=config.lr,

@@ -7,7 +7,10 @@ from pathlib import Path
 import torch
 from torch.distributed.tensor import DTensor
 
+from tokenformer.layers.pattention import Pattention
 from tokenformer.models.base import LanguageModel
+from tokenformer.ops.pattention import pattention
+from tokenformer.ops.pattention_float8 import pattention_float8
 from tokenformer.parallel.shard import shard_blocks, whole_model, whole_tensors
 from tokenformer.parallel.tensor import split_layers
 from tokenformer.parallel.world import World
@@ -32,6 +35,7 @@ class Placement:
         mesh = self.world.mesh
         if mesh is not None:
             split_layers(model, mesh["tensor"])
+        _choose_products(model, float8=stage.precision.float8)
         apply_activation_checkpointing(model, stage.activation_checkpointing)
         if wants_compile(stage.precision, self.device):
             torch.compiler.reset()  # each stage has its own shapes; old ones would use up the recompile limit
@@ -75,6 +79,13 @@ class Placement:
             return model, moments
         whole = {name: whole_tensors(entry) for name, entry in moments.items()}
         return whole_model(model), whole
+
+
+def _choose_products(model: LanguageModel, *, float8: bool) -> None:
+    """Pattention in float8, or as ever; layers whose tokens are split over ranks stay as they are."""
+    for layer in model.modules():
+        if isinstance(layer, Pattention) and layer.op in (pattention, pattention_float8):
+            layer.op = pattention_float8 if float8 else pattention
 
 
 def _is_spread(model: LanguageModel) -> bool:

@@ -21,7 +21,7 @@ from tokenformer.train.checkpoint.ranks import Ranks
 from tokenformer.train.compare import require_same_data
 from tokenformer.train.config import RunConfig, StageConfig
 from tokenformer.train.data_section import DataConfig
-from tokenformer.train.device import compute_dtype
+from tokenformer.train.device import check_float8, compute_dtype
 from tokenformer.train.ladder import model_configs, num_growth_groups
 from tokenformer.train.memory_check import check_training_memory
 from tokenformer.train.optimizer import check_roles_and_groups
@@ -82,6 +82,7 @@ def make_plan(
     stages = config.resolve()
     for stage in stages:
         compute_dtype(stage.precision, device)
+        check_float8(stage.precision, device, sizes.tensor)
     resume_from, damaged = (ranks or Ranks()).first(partial(find_resume_point, out, config, resume=resume))
     initial, first = initial_config(config) if resume_from is None else load_config(resume_from), 0
     if resume_from is not None:

@@ -82,10 +82,14 @@ class ScheduleConfig(StrictModel):
 class PrecisionConfig(StrictModel):
     """``dtype`` of the forward pass (weights and moments stay float32); ``auto`` is bfloat16 autocast on CUDA
     hardware that has it, else float32. ``float16`` comes with dynamic loss scaling. ``compile: auto`` compiles the
-    blocks on CUDA."""
+    blocks on CUDA. ``cuda_graphs`` launches forward and backward of a step whole (one CUDA device, not float16);
+    ``auto``: where blocks are compiled. ``float8`` takes the products of Pattention in float8 (e4m3, scaled as they
+    come) with bfloat16 around them, on a GPU that has it."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     compile: Literal["auto", True, False] = "auto"
+    cuda_graphs: Literal["auto", True, False] = "auto"
+    float8: bool = False
     deterministic: bool = False
 
 

@@ -53,8 +53,9 @@ class Speed:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" and half else ""
         self._peak = peak_flops(name)
 
-    def read(self, tokens: int, flops: float, seconds: float) -> dict[str, float]:
-        """Metrics of ``tokens`` trained with ``flops`` in ``seconds`` by all devices together."""
+    def read(self, tokens: int, flops: float, seconds: float, recorded_memory: int = 0) -> dict[str, float]:
+        """Metrics of ``tokens`` trained with ``flops`` in ``seconds`` by all devices together. ``recorded_memory``:
+        bytes on this rank's device at the peak of what torch's statistics do not see."""
         seconds = max(seconds, 1e-9)
         values = {
             "tokens_per_second": round(tokens / seconds, 1),
@@ -63,7 +64,8 @@ class Speed:
         if self._peak is not None:
             values["mfu"] = round(flops / seconds / self._devices / self._peak, 4)
         if self._device.type == "cuda":
-            values["peak_memory_bytes"] = torch.cuda.max_memory_allocated(self._device)
+            seen = torch.cuda.max_memory_allocated(self._device)
+            values["peak_memory_bytes"] = max(seen, recorded_memory)
             torch.cuda.reset_peak_memory_stats(self._device)
         return values
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from tokenformer.models.base import LanguageModel
-from tokenformer.parallel.gradients import average_replicas, local_parts, total_norm
+from tokenformer.parallel.gradients import average_replicas, total_norm
 from tokenformer.parallel.shard import synchronize_gradients
 from tokenformer.parallel.world import PROCESS, World
 from tokenformer.train.config import StageConfig
-from tokenformer.train.device import autocast, compute_dtype
+from tokenformer.train.cuda_graphs import CudaGraphs
+from tokenformer.train.device import autocast, compute_dtype, wants_cuda_graphs
 from tokenformer.train.loss_scale import LossScale
 from tokenformer.train.optimizer import build_optimizer, set_learning_rate, trained_parameters
 from tokenformer.train.schedule import lr_factor
@@ -61,6 +63,15 @@ class TrainStep:
         self.loss_scale = _loss_scale(self.dtype, device, state or TrainingState())
         self.optimizer = build_optimizer(model, stage.optimizer, trained)
         self.parameters: list[nn.Parameter] = trained_parameters(self.optimizer)
+        self._graphs: CudaGraphs | None = None
+        if world.mesh is None and self.loss_scale is None and wants_cuda_graphs(stage.precision, device):
+            self._graphs = CudaGraphs(self.parameters, device)
+
+    @property
+    def recorded_memory(self) -> int:
+        """Bytes on the device at the peak of recorded passes, which torch's statistics do not see; 0 where there are
+        none."""
+        return 0 if self._graphs is None else self._graphs.peak_memory
 
     def learning_rate(self, stage_step: int) -> float:
         """The rate of update ``stage_step`` (from 0) of the stage, before multipliers."""
@@ -69,20 +80,22 @@ class TrainStep:
     def __call__(self, batches: Iterator[Any], stage_step: int, accumulation: int = 1) -> StepResult:
         """Take the next ``accumulation`` micro-batches of ``batches`` and update the model."""
         self.optimizer.zero_grad(set_to_none=True)
-        nats, targets = self._accumulate(batches, accumulation)
+        nats, targets = self._accumulate(islice(batches, accumulation), accumulation)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         average_replicas(gradients, self.world)
-        local = local_parts(gradients)
-        scale = 1 if self.loss_scale is None else self.loss_scale.scale
-        torch._foreach_mul_(local, self.stage.data.batch_tokens / targets / scale)
-        grad_norm = total_norm(gradients)
+        # gradients are as the backward left them; the optimiser divides them
+        factor = self.stage.data.batch_tokens / targets
+        if self.loss_scale is not None:
+            factor = factor / self.loss_scale.scale
+        grad_norm = total_norm(gradients) * factor
         finite = (torch.isfinite(grad_norm) & torch.isfinite(nats)).float()
         if self.stage.optimizer.grad_clip is not None:
-            # as torch.nn.utils.clip_grads_with_norm_, which does not take gradients of different meshes
-            torch._foreach_mul_(local, (self.stage.optimizer.grad_clip / (grad_norm + 1e-6)).clamp(max=1.0))
+            # as torch.nn.utils.clip_grads_with_norm_
+            factor = factor * (self.stage.optimizer.grad_clip / (grad_norm + 1e-6)).clamp(max=1.0)
         set_learning_rate(self.optimizer, self.learning_rate(stage_step))
         # the protocol between GradScaler and fused optimisers: with found_inf = 1 the update does nothing
-        self.optimizer.found_inf = 1 - finite  # type: ignore[union-attr]
+        self.optimizer.found_inf = 1 - finite
+        self.optimizer.grad_scale = 1 / factor
         self.optimizer.step()
         sick = 1 - finite
         if self.loss_scale is not None:
@@ -92,20 +105,30 @@ class TrainStep:
         return StepResult(nats, targets, grad_norm, finite, sick)
 
     def _accumulate(self, batches: Iterator[Any], accumulation: int) -> tuple[Tensor, Tensor]:
-        nats = torch.zeros((), device=self.device)
-        targets = torch.zeros((), device=self.device)
-        for index in range(accumulation):
-            synchronize_gradients(self.model, self.world, last=index == accumulation - 1)
-            batch = to_device(next(batches), self.device)
-            with autocast(self.dtype, self.device):
-                loss = self.task.loss(self.model, batch)
-            # divided by the nominal size now, so that sums stay small, and by the true count at the end
-            scaled = loss.nats / self.stage.data.batch_tokens
-            (scaled if self.loss_scale is None else scaled * self.loss_scale.scale).backward()
-            nats += loss.nats.detach()
-            targets += loss.count
+        sums = None
+        if self._graphs is not None:
+            ready = list(batches)
+            sums, batches = self._graphs.run(ready, self._run_pass), iter(ready)
+        nats, targets = self._run_passes(batches, accumulation) if sums is None else sums
         nats, targets = self.world.sum_over_data(torch.stack((nats, targets))).unbind()
         return nats, targets
+
+    def _run_passes(self, batches: Iterator[Any], accumulation: int) -> tuple[Tensor, Tensor]:
+        nats, targets = (torch.zeros((), device=self.device) for _ in range(2))
+        for index, batch in enumerate(batches, 1):
+            synchronize_gradients(self.model, self.world, last=index == accumulation)
+            self._run_pass(to_device(batch, self.device), nats, targets)
+        return nats, targets
+
+    def _run_pass(self, batch: Any, nats: Tensor, targets: Tensor) -> None:
+        """Forward and backward; adds to both sums, and to the gradients."""
+        with autocast(self.dtype, self.device):
+            loss = self.task.loss(self.model, batch)
+        # divided by the nominal size now, so that sums stay small, and by the true count at the end
+        scaled = loss.nats / self.stage.data.batch_tokens
+        (scaled if self.loss_scale is None else scaled * self.loss_scale.scale).backward()
+        nats += loss.nats.detach()
+        targets += loss.count
 
 
 def _loss_scale(dtype: torch.dtype, device: torch.device, state: TrainingState) -> LossScale | None:
