@@ -101,5 +101,8 @@ def test_with_an_adapter_the_card_is_the_adapter_s(
     assert done.code == 0, done.err
     assert len(section(adapter / "README.md")) == 6
     assert (model / "README.md").read_text() == before
+    (adapter / "README.md").unlink()
+    add_to_card(adapter / "README.md", [ROW])
+    assert ROW.line() in section(adapter / "README.md")
     with pytest.raises(TokenFormerError, match="found 2 adapters, expected one at most"):
         card_of(model, [adapter, adapter])

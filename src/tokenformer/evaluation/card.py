@@ -13,7 +13,7 @@ from tokenformer.adapters.config import resolve_adapter_directory
 from tokenformer.errors import TokenFormerError
 from tokenformer.files import read_text, write_text
 from tokenformer.models.card import model_card
-from tokenformer.models.paths import resolve_model_directory
+from tokenformer.models.paths import is_model_directory, resolve_model_directory
 from tokenformer.models.registry import load_config
 
 if TYPE_CHECKING:
@@ -63,7 +63,10 @@ def add_to_card(card: Path, rows: Sequence[CardRow]) -> None:
     Raises:
         TokenFormerError: the card is not UTF-8, or the disk refuses.
     """
-    text = read_text(card, "a model card") if card.exists() else model_card(load_config(card.parent))
+    if card.exists():
+        text = read_text(card, "a model card")
+    else:
+        text = model_card(load_config(card.parent)) if is_model_directory(card.parent) else ""
     write_text(card, _with_rows(text, rows))
 
 
