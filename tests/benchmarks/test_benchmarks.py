@@ -14,7 +14,10 @@ import pytest
 import torch
 
 from tokenformer.language.prepare import prepare
-from tokenformer.language.tokenizers import train_bpe
+from tokenformer.language.tokenizers import ByteTokenizer, train_bpe
+from tokenformer.models.directory import save_model
+from tokenformer.models.registry import build_model
+from tokenformer.models.transformer.config import TransformerConfig
 from tokenformer.ops.pattention import NORM_ACTIVATIONS
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -241,3 +244,37 @@ def test_adapters(
     run_script(monkeypatch, "adapters.py", text, "--out", tmp_path / "out", *sizes)  # nothing is done again
     assert (tmp_path / "out" / "results.json").read_bytes() == before
     assert "bits per byte" in capsys.readouterr().out
+
+
+def test_decode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    written = tmp_path / "decode.json"
+    sides = ("ours", "int8", "plain", "transformer")
+    sizes = ("--models", "tiny", "--batches", 1, 2, "--prompts", 8, "--new-tokens", 4, "--repeats", 1)
+    run_script(monkeypatch, "decode.py", *sizes, "--sides", *sides, "--device", "cpu", "--json", written)
+    results = json.loads(written.read_text())["results"]
+    assert [(result["side"], result["batch"]) for result in results] == [
+        (s, b) for s in sides for b in (1, 2)
+    ]
+    assert min(min(result["token_seconds"], result["of_bandwidth"]) for result in results) > 0
+    assert max(result["error"] for result in results if "error" in result) < 1e-4
+    printed = capsys.readouterr().out
+    assert all(side in printed for side in sides)
+
+
+def test_quantize(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text.txt").write_text("to be or not to be " * 30)
+    prepare([tmp_path / "text.txt"], tmp_path / "data", validation=[tmp_path / "text.txt"])
+    config = TransformerConfig(
+        vocab_size=384, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=32
+    )
+    save_model(build_model(config), tmp_path / "model", tokenizer=ByteTokenizer())
+    written = tmp_path / "quantize.json"
+    arguments = ("--data", tmp_path / "data", "--device", "cpu", "--json", written)
+    run_script(monkeypatch, "quantize.py", tmp_path / "model", *arguments)
+    results = json.loads(written.read_text())["results"]
+    losses = [result["loss"] for result in results]
+    assert len(set(losses)) == 3
+    assert losses == pytest.approx([losses[0]] * 3, rel=5e-3)
+    assert "int8" in capsys.readouterr().out

@@ -9,6 +9,7 @@ from tokenformer.generation.config import SamplingConfig
 from tokenformer.generation.engine import generate
 from tokenformer.language.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
 from tokenformer.models.directory import load_model, save_model
+from tokenformer.models.quantize import quantize_model
 from tokenformer.models.registry import build_model
 from tokenformer.models.tokenformer.config import TokenFormerConfig
 
@@ -163,3 +164,28 @@ def test_terminal_output_holds_no_control_characters(monkeypatch: pytest.MonkeyP
     assert command._shown(text) == text  # not a terminal: as it is
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     assert command._shown(text) == "a\ufffd[2Jb\ufffd\tc\n\ufffdd\ufffd"
+
+
+def test_weights_in_another_dtype_or_in_8_bits(run_command, model: Path, tokenizer: Tokenizer) -> None:
+    greedy = SamplingConfig(temperature=0)
+    for options, change in (
+        (("--dtype", "bfloat16"), lambda loaded: loaded.bfloat16()),
+        (("--quantize", "int8"), quantize_model),
+    ):
+        loaded = load_model(model)
+        change(loaded)
+        ids = generate(
+            loaded,
+            [tokenizer.encode("ab")],
+            max_new_tokens=12,
+            sampling=greedy,
+            eos_token_id=tokenizer.eos_token_id,
+            vocab_size=tokenizer.vocab_size,
+        )
+        done = run_command(
+            "generate", model, "--prompt", "ab", "--max-new-tokens", 12, "--temperature", 0, *options
+        )
+        assert done == (0, f"ab{tokenizer.decode(ids[0])}\n", "")
+    wrong = run_command("generate", model, "--prompt", "ab", "--quantize", "int3")
+    assert wrong.code == 2
+    assert "int8" in wrong.err

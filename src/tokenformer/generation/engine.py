@@ -1,7 +1,7 @@
 """One generation engine over any model's state: prefill the prompts, then one token at a time.
 
-Nothing here knows what a state is (keys and values, a recurrent matrix): the engine calls ``initial_state``
-and ``forward(state=...)`` alone. Axis letters: b prompts, t time, v vocabulary.
+Nothing here knows what a state is (keys and values, a recurrent matrix): ``feed`` calls the model. Axis letters: b
+prompts, t time, v vocabulary.
 """
 
 from __future__ import annotations
@@ -9,17 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
-import torch
 from torch import Tensor
 
 from tokenformer.errors import TokenFormerError
 from tokenformer.generation.config import SamplingConfig
 from tokenformer.generation.context import fit_prompts, new_token_limits
-from tokenformer.generation.sampling import Sampler
+from tokenformer.generation.feed import token_feed
 from tokenformer.models.base import LanguageModel
 
 FinishReason = Literal["eos", "length", "context"]
-_TEXT, _PADDING = 0, -1  # document ids
 
 
 class GenerationStep(NamedTuple):
@@ -102,8 +100,7 @@ def generate_stream(
     texts = [text if text else [eos_token_id] for text in texts]
     texts = fit_prompts(texts, context=context, max_new_tokens=max_new_tokens, truncate=truncate_prompt)
     limits = new_token_limits(texts, context=context, max_new_tokens=max_new_tokens)
-    sampler = Sampler(sampling or SamplingConfig(), batch_size=len(texts), vocab_size=vocab_size)
-    return _run(model, texts, limits, max_new_tokens, sampler, eos_token_id)
+    return _run(model, texts, limits, max_new_tokens, sampling or SamplingConfig(), vocab_size, eos_token_id)
 
 
 def _run(
@@ -111,7 +108,8 @@ def _run(
     prompts: list[list[int]],
     limits: list[int],
     max_new_tokens: int,
-    sampler: Sampler,
+    sampling: SamplingConfig,
+    vocab_size: int,
     eos_token_id: int | None,
 ) -> Iterator[GenerationStep]:
     def reason_at(row: int, new_tokens: int) -> FinishReason | None:
@@ -124,60 +122,23 @@ def _run(
     training = model.training
     model.eval()
     try:
-        feed = _Feed(model, prompts)
-        new_tokens = 0
-        while active := [row for row in rows if reasons[row] is None]:
-            logits = feed.logits()
-            tokens: list[int | None] = [None for _ in rows]
-            new_tokens += 1
-            for row, token in zip(active, sampler(logits[active], active), strict=True):
-                if token == eos_token_id:
-                    reasons[row] = "eos"
-                else:
-                    tokens[row] = token
-                    reasons[row] = reason_at(row, new_tokens)
-            yield GenerationStep(tokens, list(reasons))
-            feed.append(tokens)
+        if all(reasons):
+            return
+        with token_feed(model, prompts, max(limits), sampling, vocab_size) as feed:
+            new_tokens = 0
+            while active := [row for row in rows if reasons[row] is None]:
+                tokens: list[int | None] = [None for _ in rows]
+                new_tokens += 1
+                for row, token in zip(active, feed.choose(active), strict=True):
+                    if token == eos_token_id:
+                        reasons[row] = "eos"
+                    else:
+                        tokens[row] = token
+                        reasons[row] = reason_at(row, new_tokens)
+                yield GenerationStep(tokens, list(reasons))
+                feed.append(tokens)
     finally:
         model.train(training)
-
-
-class _Feed:
-    """The tokens a model still has to see, and its state after those it has seen."""
-
-    def __init__(self, model: LanguageModel, prompts: list[list[int]]) -> None:
-        self._model = model
-        self._device = next(model.parameters()).device
-        self._state = model.initial_state(len(prompts))
-        longest = max(map(len, prompts), default=0)
-        padding = [longest - len(prompt) for prompt in prompts]
-        # Equal lengths need no document ids, which leaves models their faster path.
-        self._ragged = any(padding)
-        self._tokens = self._tensor(
-            [[0] * pad + prompt for pad, prompt in zip(padding, prompts, strict=True)]
-        )
-        self._documents = self._tensor([[_PADDING] * pad + [_TEXT] * (longest - pad) for pad in padding])
-
-    def logits(self) -> Tensor:
-        """Logits [b, v] after the tokens fed last."""
-        with torch.inference_mode():
-            output = self._model(
-                self._tokens,
-                documents=self._documents if self._ragged else None,
-                state=self._state,
-                logits_to_keep=1,
-            )
-        self._state = output.state
-        logits: Tensor = output.logits[:, -1]
-        return logits
-
-    def append(self, tokens: list[int | None]) -> None:
-        """Feed one token a prompt next; a prompt that has ended (None) gets a filler."""
-        self._tokens = self._tensor([[0 if token is None else token] for token in tokens])
-        self._documents = self._tensor([[_PADDING if token is None else _TEXT] for token in tokens])
-
-    def _tensor(self, values: list[list[int]]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self._device)
 
 
 def _check_arguments(

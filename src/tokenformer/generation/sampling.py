@@ -89,6 +89,19 @@ def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
     return drawn.minimum(last)
 
 
+def uniforms(seed: int, count: int) -> Tensor:
+    """The first numbers of a prompt's random stream, [count] float32 in [0, 1), on the CPU."""
+    return torch.rand(count, generator=torch.Generator().manual_seed(seed))
+
+
+def check_finite(finite: bool) -> None:
+    """Raise a TokenFormerError unless all logits were finite."""
+    if not finite:
+        raise TokenFormerError(
+            "the model's logits are not finite (NaN or infinity); its weights may be damaged"
+        )
+
+
 class Sampler:
     """Chooses the next token of every row, with one random stream a row (see :class:`SamplingConfig`).
 
@@ -110,10 +123,7 @@ class Sampler:
         Raises:
             TokenFormerError: logits that are NaN or infinite.
         """
-        if not torch.isfinite(logits).all():
-            raise TokenFormerError(
-                "the model's logits are not finite (NaN or infinity); its weights may be damaged"
-            )
+        check_finite(bool(torch.isfinite(logits).all()))
         logits = filter_logits(logits, self._sampling, vocab_size=self._vocab_size)
         if self._sampling.temperature == 0:
             return [int(token) for token in logits.argmax(dim=-1).tolist()]

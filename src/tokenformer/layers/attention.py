@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenformer.layers.pattention import project_together
-from tokenformer.ops.attention import causal_attention, document_mask, document_positions
+from tokenformer.ops.attention import PADDING_DOCUMENT, causal_attention, document_mask, document_positions
 from tokenformer.ops.rotary import apply_rotary, rotary_angles
 
 _FIRST_CAPACITY = 256
@@ -40,11 +40,66 @@ class DecoderState:
 
 
 @dataclass(frozen=True)
+class StaticDecoderState:
+    """What one-token calls of a decoder continue from, in memory that stays where it is: each call changes it.
+
+    ``keys`` and ``values`` [L, b, h, T, e], a part for each layer. int64: ``starts`` [b], the first token in them that
+    is no padding; ``counters`` [1 + b], which go up by one with each token: ``length`` and ``positions``.
+    """
+
+    keys: Tensor
+    values: Tensor
+    starts: Tensor
+    counters: Tensor
+
+    @property
+    def length(self) -> Tensor:
+        """[1], the tokens in ``keys`` and ``values``."""
+        return self.counters[:1]
+
+    @property
+    def positions(self) -> Tensor:
+        """[b], of the next token."""
+        return self.counters[1:]
+
+    @property
+    def batch_size(self) -> int:
+        """b."""
+        return self.keys.shape[1]
+
+    @property
+    def capacity(self) -> int:
+        """T."""
+        return self.keys.shape[3]
+
+    def advance(self) -> None:
+        """One more token is in."""
+        self.counters.add_(1)
+
+    def rewind(self) -> None:
+        """As before the first token."""
+        self.counters.zero_()
+
+    def load(self, state: DecoderState) -> None:
+        """Become a copy of ``state``."""
+        used = state.length
+        for layer, buffer in enumerate(state.buffers):
+            if buffer is not None:
+                self.keys[layer, :, :, :used] = buffer.key[:, :, :used]
+                self.values[layer, :, :, :used] = buffer.value[:, :, :used]
+        self.length.fill_(used)
+        padding = 0 if state.documents is None else (state.documents == PADDING_DOCUMENT).sum(dim=1)
+        self.starts.copy_(torch.as_tensor(padding))
+        self.positions.copy_(torch.as_tensor(used if state.next_position is None else state.next_position))
+
+
+@dataclass(frozen=True)
 class AttentionContext:
     """What all layers of one call share.
 
     ``cos`` and ``sin`` [b or 1, 1, t, r], None without rotary positions; ``mask`` [b, 1, t, s] bool, None for
-    plain causal attention; ``past`` earlier positions; ``keep`` whether keys and values are kept for a next call.
+    plain causal attention; ``past`` earlier positions; ``keep`` whether keys and values are kept for a next call;
+    ``slot`` [1], where in static buffers they go.
     """
 
     cos: Tensor | None
@@ -52,6 +107,7 @@ class AttentionContext:
     mask: Tensor | None
     past: int
     keep: bool
+    slot: Tensor | None = None
 
 
 class SelfAttention(nn.Module):
@@ -73,7 +129,10 @@ class SelfAttention(nn.Module):
         if context.cos is not None and context.sin is not None:
             query = apply_rotary(query, context.cos, context.sin)
             key = apply_rotary(key, context.cos, context.sin)
-        if context.keep:
+        if context.slot is not None and buffer is not None:
+            key = buffer.key.index_copy_(2, context.slot, key)
+            value = buffer.value.index_copy_(2, context.slot, value)
+        elif context.keep:
             total = context.past + key.shape[2]
             buffer = _append(buffer, context.past, key, value)
             key, value = buffer.key[:, :, :total], buffer.value[:, :, :total]
@@ -130,6 +189,15 @@ def attention_context(
         after = next_position + t if next_position is not None else None
     cos, sin = rotary_angles(positions, rotary_dim, rope_theta) if rotary_dim else (None, None)
     return AttentionContext(cos, sin, mask, past, keep=state is not None), past_documents, after
+
+
+def static_context(state: StaticDecoderState, *, rotary_dim: int, rope_theta: float) -> AttentionContext:
+    """Angles and mask of the next token after a static state."""
+    positions = state.positions[:, None]
+    cos, sin = rotary_angles(positions, rotary_dim, rope_theta) if rotary_dim else (None, None)
+    index = torch.arange(state.capacity, device=state.keys.device)
+    mask = (index >= state.starts[:, None]) & (index <= state.length)  # [b, T]
+    return AttentionContext(cos, sin, mask[:, None, None], past=0, keep=True, slot=state.length)
 
 
 def _append(buffer: KeyValueBuffer | None, past: int, key: Tensor, value: Tensor) -> KeyValueBuffer:

@@ -257,7 +257,7 @@ class Pattention(nn.Module):
 
 def project_together(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
     """What the layers make of one input, [..., d_out] each; Pattention layers of one form share their products."""
-    plain = [layer for layer in layers if type(layer) is Pattention and _is_plain(layer)]
+    plain = [layer for layer in layers if type(layer) is Pattention and is_plain(layer)]
     forms = {
         (layer.op, layer.kind, layer.num_param_tokens, layer.in_features, layer.out_features)
         for layer in plain
@@ -269,6 +269,6 @@ def project_together(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
     return _TOGETHER[plain[0].op](x, keys, values, plain[0].kind)
 
 
-def _is_plain(layer: Pattention) -> bool:
+def is_plain(layer: Pattention) -> bool:
     """Whether calling the layer is computing its ``op`` and nothing else, which also takes several projections."""
     return layer.op in _TOGETHER and not layer._forward_hooks and not layer._forward_pre_hooks

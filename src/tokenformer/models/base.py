@@ -57,6 +57,16 @@ class LanguageModel(nn.Module, ABC):
     def initial_state(self, batch_size: int) -> Any:
         """The state before the first token of ``batch_size`` sequences."""
 
+    def static_state(self, state: Any, length: int) -> Any | None:
+        """A copy of ``state`` in memory that stays where it is, with room for ``length`` tokens in all; None where a
+        model has none.
+
+        Unlike other states it is no value: a call with it takes one token of each sequence (``tokens`` [b, 1], without
+        ``positions`` and ``documents``), changes it in place and returns it, by the same operations on the same memory
+        every time, so that the call can be recorded once and replayed. Padding on the left stays out of sight.
+        """
+        return None
+
     @abstractmethod
     def role_of(self, parameter_name: str) -> str:
         """The role a parameter plays, by which optimiser settings are chosen: ``embedding``, ``norm``,

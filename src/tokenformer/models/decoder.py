@@ -5,7 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tokenformer.layers.attention import DecoderState, attention_context
+from tokenformer.layers.attention import (
+    DecoderState,
+    KeyValueBuffer,
+    StaticDecoderState,
+    attention_context,
+    static_context,
+)
 from tokenformer.layers.block import Block, Head, TiedHead
 from tokenformer.models.base import LanguageModel, ModelOutput
 from tokenformer.models.config import DecoderConfig
@@ -31,9 +37,12 @@ class Decoder(LanguageModel):
         *,
         positions: Tensor | None = None,
         documents: Tensor | None = None,
-        state: DecoderState | None = None,
+        state: DecoderState | StaticDecoderState | None = None,
         logits_to_keep: int | None = None,
     ) -> ModelOutput:
+        if isinstance(state, StaticDecoderState):
+            _check_static(tokens, positions, documents, state)
+            return ModelOutput(self.head(self._run_static(tokens, state)), state)
         hidden, state = self._run(tokens, positions, documents, state)
         if logits_to_keep is not None:
             hidden = hidden[:, max(0, hidden.shape[1] - logits_to_keep) :]
@@ -46,6 +55,18 @@ class Decoder(LanguageModel):
 
     def initial_state(self, batch_size: int) -> DecoderState:
         return DecoderState(batch_size, (None,) * len(self.blocks))
+
+    def static_state(self, state: DecoderState, length: int) -> StaticDecoderState:
+        b, weight = state.batch_size, self.embedding.weight
+        cache = (len(self.blocks), b, self.config.num_attention_heads, length, self.config.head_dim)
+        counts = (b, 1 + b)
+        static = StaticDecoderState(
+            weight.new_zeros(cache),  # what is not filled is masked, not ignored
+            weight.new_zeros(cache),
+            *(torch.zeros(n, dtype=torch.int64, device=weight.device) for n in counts),
+        )
+        static.load(state)
+        return static
 
     def role_of(self, parameter_name: str) -> str:
         """``embedding``, ``head``, ``norm``, ``qkv``, ``proj`` or ``ffn``; biases play their layer's role."""
@@ -85,6 +106,27 @@ class Decoder(LanguageModel):
             return hidden, None
         length = state.length + tokens.shape[1]
         return hidden, DecoderState(state.batch_size, tuple(kept), length, all_documents, next_position)
+
+    def _run_static(self, tokens: Tensor, state: StaticDecoderState) -> Tensor:
+        config = self.config
+        context = static_context(state, rotary_dim=config.rotary_dim, rope_theta=config.rope_theta)
+        x = self.embedding(tokens)  # [b, 1] -> [b, 1, d]
+        for layer, block in enumerate(self.blocks):
+            buffer = KeyValueBuffer(state.keys[layer], state.values[layer], used=0)
+            x, _ = block(x, context, buffer)
+        state.advance()
+        return self.norm(x)
+
+
+def _check_static(
+    tokens: Tensor, positions: Tensor | None, documents: Tensor | None, state: StaticDecoderState
+) -> None:
+    if tokens.shape != (state.batch_size, 1):
+        raise ValueError(
+            f"tokens: found shape {list(tokens.shape)}, expected [{state.batch_size}, 1] with this static state"
+        )
+    if positions is not None or documents is not None:
+        raise ValueError("positions, documents: a static state has its own")
 
 
 def _check(
