@@ -19,6 +19,7 @@ from tokenformer.generation.weight_stream import WeightStore, stream_ahead
 from tokenformer.layers.attention import SelfAttention, StaticDecoderState
 from tokenformer.layers.block import Block
 from tokenformer.layers.int8 import Int8Head, Int8Linear, Int8Pattention, Int8Rows
+from tokenformer.layers.norm import PlainLayerNorm
 from tokenformer.layers.pattention import Pattention, is_plain
 from tokenformer.models.base import LanguageModel
 from tokenformer.models.decoder import Decoder
@@ -76,6 +77,8 @@ def _widest(model: LanguageModel) -> int:
 
 def _serves_block(block: nn.Module) -> bool:
     if type(block) is not Block or block.parallel_residual or type(block.attention) is not SelfAttention:
+        return False
+    if not {type(block.attention_norm), type(block.ffn_norm)} <= {nn.LayerNorm, PlainLayerNorm}:
         return False
     attention = block.attention
     qkv = (attention.query, attention.key, attention.value)
@@ -250,8 +253,8 @@ def _fused_layer(block: nn.Module) -> FusedLayer:
 def _normed(norm: nn.Module) -> Normed:
     from tokenformer.ops.decode import Normed
 
-    assert isinstance(norm, nn.LayerNorm)
-    if norm.weight is None:
+    assert isinstance(norm, nn.LayerNorm | PlainLayerNorm)
+    if isinstance(norm, PlainLayerNorm) or norm.weight is None:
         return Normed(norm.eps)
     return Normed(norm.eps, norm.weight.detach(), norm.bias.detach())
 
