@@ -147,6 +147,15 @@ def test_what_ranks_share_is_divided() -> None:
     assert split.peak < whole.peak
 
 
+def test_float8_keeps_weights_and_inputs_beside_the_scores() -> None:
+    config = make_config("l2_norm_gelu")
+    with_float8, without = (training_memory(config, TrainingSetup(8, 96, float8=f)) for f in (True, False))
+    kept = (
+        3 * 72 + 80 + 256 + 3 * 64
+    )  # bytes a token and layer: scores of all projections, inputs of three layers
+    assert with_float8.activations - without.activations == 8 * 96 * 4 * kept
+
+
 def test_muon_keeps_one_moment_for_matrices() -> None:
     config = make_config("gelu")
     counts = config.parameter_counts()

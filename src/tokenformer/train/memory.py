@@ -34,6 +34,7 @@ class TrainingSetup:
     sequence_length: int
     dtype: Dtype = "bfloat16"
     compiled: bool = True
+    float8: bool = False
     device_type: str = "cuda"
     optimizer: Literal["adamw", "muon"] = "adamw"
     activation_checkpointing: ActivationCheckpointingConfig = field(
@@ -86,6 +87,7 @@ def stage_setup(
         sequence_length=section.sequence_length,
         dtype=cast(Dtype, dtype),
         compiled=compiled,
+        float8=stage.precision.float8,
         device_type=device_type,
         optimizer=optimizer.name,
         activation_checkpointing=stage.activation_checkpointing,
@@ -162,7 +164,10 @@ def _kept_by_inner(config: DecoderConfig, setup: TrainingSetup) -> float:
     if path == "row_blocks":
         return _FLOAT * scores + rows / 4  # the scores alone
     if path == "fused":
-        return width * scores + 5 * 2 * _FLOAT  # the scores, and two figures of each row
+        quantised = (
+            scores + 3 * config.hidden_size if setup.float8 else 0
+        )  # weights and inputs, beside the scores
+        return width * scores + quantised + 5 * 2 * _FLOAT  # and two figures of each row
     if setup.compiled and setup.tensor > 1 and config.norm_activation != "gelu":
         # sums over the ranks stand between the steps, which keeps two of them in float32
         return (2 * _FLOAT + width * (2 if config.norm_activation == "gelu_l2_norm" else 1)) * scores + rows
