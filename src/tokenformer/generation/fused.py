@@ -231,7 +231,8 @@ def _launches(layers: Sequence[FusedLayer], memory: Tensor) -> list[Launch]:
         sizes.append(0)  # attention
         sizes += [product.matrix.weight.nbytes for product in (*layer.proj, *layer.ffn)]
     device = memory.device
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
+    is_nvidia = device.type == "cuda" and torch.version.cuda is not None
+    if not is_nvidia or torch.cuda.get_device_capability(device) < (9, 0):
         return [Launch()] * (len(sizes) + 2)
     parts, first = stream_ahead(memory, sizes)
     # the first weights of the next token come while the head is computed
