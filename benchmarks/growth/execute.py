@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from benchmarks.growth.plan import Growth, Plan, Run
+from benchmarks.growth.trials import trying
 
 Result = dict[str, Any]
 
@@ -39,9 +40,9 @@ def execute(run: Run, plan: Plan, place: Place, parent: Result | None, *, is_par
     """
     began = time.monotonic()
     try:
-        return _execute(run, plan, place, parent, is_parent) | {
-            "wall_seconds": round(time.monotonic() - began, 2)
-        }
+        with trying(run.trials):
+            result = _execute(run, plan, place, parent, is_parent)
+        return result | {"wall_seconds": round(time.monotonic() - began, 2)}
     except Exception as error:  # one broken run must not end the others
         description = {"id": run.id, **run.model_dump(mode="json"), "val": None, "test": None}
         reason = f"{type(error).__name__}: {error}"[:600]

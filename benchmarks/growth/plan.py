@@ -17,6 +17,9 @@ from tokenformer.validation import StrictModel, validate
 Values = dict[str, Any]
 
 
+Trial = Literal["qk_norm"]
+
+
 class Growth(StrictModel):
     """How a run begins from the end of its parent's.
 
@@ -42,7 +45,8 @@ class Run(StrictModel):
 
     ``flops``: total at its end, those of the parents included. ``scales`` multiply fresh weights: ``keys``,
     ``values``, ``embedding``, or of one role ``ffn-values``, ``qkv`` (a Transformer's matrices). ``watch``: validate
-    every 10 steps on one fixed batch, to see what growth does at once.
+    every 10 steps on one fixed batch, to see what growth does at once. ``trials``: changes of the architecture that
+    are only tried here (:mod:`benchmarks.growth.trials`).
     """
 
     name: str
@@ -56,6 +60,7 @@ class Run(StrictModel):
     growth: Growth = Growth()
     flops: float
     watch: bool = False
+    trials: tuple[Trial, ...] = ()
     config: Values
 
     @model_validator(mode="after")

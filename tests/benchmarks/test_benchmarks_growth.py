@@ -50,7 +50,10 @@ def read(out: Path) -> dict[str, dict[str, Any]]:
 
 def test_every_run_has_a_result_with_its_configuration(finished: tuple[Path, Path]) -> None:
     results = read(finished[1])
-    assert len(results) == 13
+    assert len(results) == 14
+    assert (
+        results["normed#0"]["val"] != results["large#0"]["val"]
+    )  # normed queries and keys, and nothing else
     for result in results.values():
         assert "error" not in result
         assert 0 < result["val"] < 12
