@@ -17,7 +17,7 @@ from tokenformer.validation import StrictModel, validate
 Values = dict[str, Any]
 
 
-Trial = Literal["qk_norm"]
+Trial = Literal["qk_norm", "affine_norms"]
 
 
 class Growth(StrictModel):

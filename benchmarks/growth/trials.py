@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from benchmarks.growth.plan import Trial
@@ -11,10 +11,16 @@ from benchmarks.growth.plan import Trial
 
 @contextmanager
 def trying(trials: Sequence[Trial]) -> Iterator[None]:
-    """``qk_norm``: queries and keys of each head divided by their root mean square, without a gain."""
-    if not trials:
+    """``qk_norm``: queries and keys of each head divided by their root mean square, without a gain; ``affine_norms``:
+    the norms inside a TokenFormer's blocks have weight and bias, as a Transformer's have."""
+    with ExitStack() as stack:
+        for trial in trials:
+            stack.enter_context(_TRIALS[trial]())
         yield
-        return
+
+
+@contextmanager
+def _qk_norm() -> Iterator[None]:
     import torch.nn.functional as F
 
     import tokenformer.layers.attention as attention
@@ -30,3 +36,27 @@ def trying(trials: Sequence[Trial]) -> Iterator[None]:
         yield
     finally:
         attention.causal_attention = former
+
+
+@contextmanager
+def _affine_norms() -> Iterator[None]:
+    from torch import nn
+
+    import tokenformer.models.tokenformer.model as model
+
+    former = model._block
+
+    def affine(config: Any, generator: Any) -> Any:
+        block = former(config, generator)
+        for name in ("attention_norm", "ffn_norm"):
+            setattr(block, name, nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps))
+        return block
+
+    model._block = affine
+    try:
+        yield
+    finally:
+        model._block = former
+
+
+_TRIALS = {"qk_norm": _qk_norm, "affine_norms": _affine_norms}
