@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 _SETTLED = 0.1  # the first share of a curve does not set the scale
+_SHOWN = 1.15  # ends that are worse than the best by more lie outside the figure
 
 
 def read_all(paths: Iterable[Path]) -> list[Result]:
@@ -89,12 +90,12 @@ def draw_all(results: Sequence[Result], out: Path) -> list[Path]:
     out.mkdir(parents=True, exist_ok=True)
     written = []
     for group in dict.fromkeys(result["group"] for result in results):
-        chosen = [result for result in results if result["group"] == group and result.get("curve")]
-        if not chosen:
-            continue
-        written.append(
-            _figure(out / f"{group}-flops.svg", lambda axes, r=chosen: draw_curves(axes, r, results))
-        )
+        chosen = [result for result in results if result["group"] == group and result.get("val") is not None]
+        curves = [result for result in chosen if result.get("curve")]
+        if curves:
+            written.append(
+                _figure(out / f"{group}-flops.svg", lambda axes, r=curves: draw_curves(axes, r, results))
+            )
         if len({_rate(result) for result in chosen}) > 2:
             written.append(_figure(out / f"{group}-rates.svg", lambda axes, r=chosen: draw_rates(axes, r)))
         if len(by_name(chosen)) > 2:
@@ -134,10 +135,14 @@ def draw_rates(axes: Axes, results: Sequence[Result]) -> None:
             kinds.setdefault(kind, {}).setdefault(_rate(result), []).append(result["val"])
     for index, (kind, points) in enumerate(kinds.items()):
         rates = sorted(points)
+        if len(rates) < 2:
+            continue
         values = [statistics.median(points[rate]) for rate in rates]
         color = COLORS[index % len(COLORS)]
         axes.plot(rates, values, marker="o", markersize=3.5, color=color, label=kind, linewidth=1.4)
     axes.set_xscale("log")
+    best = min(value for points in kinds.values() for values in points.values() for value in values)
+    axes.set_ylim(top=min(axes.get_ylim()[1], _SHOWN * best))
     axes.set_xlabel("learning rate")
     axes.set_ylabel("validation at the end (bits per byte)")
     axes.legend(frameon=False, fontsize=7)
@@ -150,6 +155,8 @@ def draw_ends(axes: Axes, results: Sequence[Result]) -> None:
         values = [run["val"] for run in runs if run.get("val") is not None]
         axes.plot(values, [height] * len(values), "o", markersize=4, color=COLORS[0], alpha=0.7)
     axes.set_yticks(range(len(named)), [name for name, _ in named], fontsize=7)
+    best = min(run["val"] for run in results if run.get("val") is not None)
+    axes.set_xlim(right=min(axes.get_xlim()[1], _SHOWN * best))
     axes.set_xlabel("validation at the end (bits per byte)")
 
 
