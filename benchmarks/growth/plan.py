@@ -183,7 +183,7 @@ def _put(values: Values, dotted: str, value: Any) -> None:
     *path, last = dotted.split(".")
     for name in path:
         values = values.setdefault(name, {})
-    values[last] = value
+    values[last] = _copied(value) if isinstance(value, dict) else value
 
 
 def _copied(values: Values) -> Values:
