@@ -90,9 +90,12 @@ class StaticDecoder:
         """Tokens [last - first, b] of these steps, and in one more column whether all was finite."""
         return self._log[first:last]
 
+    def _one(self) -> None:
+        self._choose(self._step(self._tokens, self.state))
+
     def _steps(self) -> None:
         for _ in range(STEPS_AT_ONCE):
-            self._choose(self._step(self._tokens, self.state))
+            self._one()
 
     def _choose(self, logits: Tensor) -> None:
         if self._greedy is not None:
@@ -124,7 +127,7 @@ class StaticDecoder:
         with torch.cuda.stream(stream):
             for _ in range(2):  # libraries allocate and tune in their first calls
                 self._rewind()
-                self._steps()
+                self._one()
         torch.cuda.current_stream().wait_stream(stream)
         self._rewind()
         graph = torch.cuda.CUDAGraph()
