@@ -155,14 +155,19 @@ class Heartbeat:
                 self._end(f"the first process of the run no longer answers ({_in_short(error)})")
                 return
             if behind is not None:
-                message = (
-                    f"hung: no step for {time.time() - self._own.time:.0f} s, waiting for rank {behind.rank}:\n"
-                    f"{self.diagnosis()}"
-                )
+                message = f"{self._why(behind)}:\n{self.diagnosis()}"
                 if behind.rank == self._rank:  # the others say so first: its end would cut them off
                     self._stopped.wait(_PERIODS_BEHIND * self._period)
                 self._end(message)
                 return
+
+    def _why(self, behind: Pulse) -> str:
+        """The first line of the message."""
+        now = time.time()
+        waited = f"no step for {now - self._own.time:.0f} s"
+        if now - behind.alive > self._limit:
+            return f"lost rank {behind.rank}: {waited}, and no word from its process"
+        return f"hung: {waited}, waiting for rank {behind.rank}"
 
     def _behind(self) -> Pulse | None:
         """The rank that all wait for: of fewer beats than another, or silent."""
