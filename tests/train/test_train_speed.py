@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -155,7 +156,10 @@ def test_weights_and_biases_goes_on_as_the_same_run(tmp_path: Path, monkeypatch:
             metrics.write(TrainingState(step=step), {"val_bits_per_byte": 2.5})
     found = sorted((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
     assert len({path.name for path in found}) == 1, "one id"
-    assert all(b"val_bits_per_byte" in wandb_records(path) for path in found), found
+    deadline = time.monotonic() + 30  # files are written by a process of wandb's own
+    while not all(b"val_bits_per_byte" in wandb_records(path) for path in found):
+        assert time.monotonic() < deadline, found
+        time.sleep(0.1)
 
 
 def wandb_records(path: Path) -> bytes:
