@@ -21,7 +21,7 @@ from tokenformer.models.registry import build_model
 from tokenformer.models.tokenformer.config import TokenFormerConfig
 from tokenformer.models.transformer.config import TransformerConfig
 from tokenformer.ops import pattention_cpu
-from tokenformer.parallel.gradients import local_parts
+from tokenformer.parallel.local import local_parts
 from tokenformer.parallel.sizes import MeshSizes
 from tokenformer.parallel.tensor import split_layers
 from tokenformer.train.activation_checkpointing import apply_activation_checkpointing

@@ -10,12 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from tokenformer.parallel.local import local_part, local_parts
 from tokenformer.parallel.world import World
-
-
-def local_parts(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """What this rank holds of each; changes in place reach the tensors themselves."""
-    return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
 
 
 def total_norm(gradients: Sequence[Tensor]) -> Tensor:
@@ -28,9 +24,7 @@ def total_norm(gradients: Sequence[Tensor]) -> Tensor:
         return torch.nn.utils.get_total_norm(gradients)
     parts: defaultdict[tuple[dist.ProcessGroup, ...], list[Tensor]] = defaultdict(list)
     for gradient in gradients:
-        parts[_sharding_groups(gradient)].append(
-            gradient.to_local() if isinstance(gradient, DTensor) else gradient
-        )
+        parts[_sharding_groups(gradient)].append(local_part(gradient))
     squares = torch.zeros((), device=gradients[0].device)
     for groups, local in parts.items():
         share = torch.nn.utils.get_total_norm(local).square()

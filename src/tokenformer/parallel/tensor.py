@@ -12,7 +12,7 @@ from functools import partial
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.distributed.tensor.parallel.style import ParallelStyle
 
@@ -21,6 +21,7 @@ from tokenformer.layers.pattention import Pattention, PattentionOp
 from tokenformer.models.transformer.model import MLP
 from tokenformer.ops.pattention import RowReductions, WeightKind, pattention
 from tokenformer.parallel.collectives import largest_of_ranks, sum_of_shares, to_ranks, total_of_ranks
+from tokenformer.parallel.local import local_parts
 
 
 def split_layers(module: nn.Module, mesh: DeviceMesh) -> None:
@@ -77,9 +78,5 @@ def _split_pattention(
     rows: RowReductions,
     group: str,
 ) -> Tensor:
-    share = pattention(to_ranks(x, group), _local(keys), _local(values), kind, rows)
+    share = pattention(to_ranks(x, group), local_parts(keys), local_parts(values), kind, rows)
     return sum_of_shares(share, group)
-
-
-def _local(tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]

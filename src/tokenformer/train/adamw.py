@@ -7,8 +7,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
+
+from tokenformer.parallel.local import local_parts
 
 
 class AdamW(torch.optim.AdamW):
@@ -59,11 +60,10 @@ def step_adamw(
         return
     states = [_state_of(parameter, state) for parameter in parameters]
     steps = [entry["step"] for entry in states]
-    values = [_local(parameter) for parameter in parameters]
-    gradients = [_local(cast(Tensor, parameter.grad)) for parameter in parameters]
-    exp_avgs, exp_avg_sqs = ([_local(entry[key]) for entry in states] for key in ("exp_avg", "exp_avg_sq"))
+    gradients = local_parts(cast(Tensor, parameter.grad) for parameter in parameters)
+    exp_avgs, exp_avg_sqs = (local_parts(entry[key] for entry in states) for key in ("exp_avg", "exp_avg_sq"))
     adamw(
-        values,
+        local_parts(parameters),
         gradients,
         exp_avgs,
         exp_avg_sqs,
@@ -89,7 +89,3 @@ def _state_of(parameter: Tensor, state: MutableMapping[Tensor, dict[str, Tensor]
         step = torch.zeros((), device=parameter.device)
         entry.update(zip(("exp_avg", "exp_avg_sq", "step"), (*zeros, step), strict=True))
     return entry
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.placement_types import Replicate, Shard
 
+from tokenformer.parallel.local import local_part
 from tokenformer.train.adamw import step_adamw
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -124,7 +125,7 @@ class Muon(torch.optim.Optimizer):
         updates = [self._momentum_update(parameter) for parameter in parameters]
         finite = 1.0 if self.found_inf is None else 1 - self.found_inf
         for parameter, update in zip(parameters, self._orthogonalized(parameters, updates), strict=True):
-            local = _local(parameter)
+            local = local_part(parameter)
             local.mul_(1 - lr * weight_decay * finite)
             local.sub_(update * (finite * lr * lr_ratio(parameter.shape, self._adjust_lr)))
 
@@ -132,7 +133,7 @@ class Muon(torch.optim.Optimizer):
         state = self.state[parameter]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
-        buffer, gradient = _local(state["momentum_buffer"]), _local(cast(Tensor, parameter.grad))
+        buffer, gradient = local_part(state["momentum_buffer"]), local_part(cast(Tensor, parameter.grad))
         if self.grad_scale is not None:
             gradient = gradient / self.grad_scale
         if self.found_inf is not None:
@@ -157,10 +158,6 @@ class Muon(torch.optim.Optimizer):
             for index, part in zip(indices, _shared_out(shards, shapes, group, self._ns_steps), strict=True):
                 result[index] = part
         return cast(list[Tensor], result)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _ranks_of(parameter: Tensor) -> int:

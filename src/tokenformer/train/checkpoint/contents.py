@@ -23,6 +23,7 @@ from tokenformer.models.base import LanguageModel
 from tokenformer.models.config import DecoderConfig
 from tokenformer.models.empty import empty_model
 from tokenformer.models.registry import load_config
+from tokenformer.parallel.local import local_part
 from tokenformer.train.checkpoint.manifest import describe_files, require_whole, write_manifest
 from tokenformer.train.checkpoint.ranks import Ranks
 from tokenformer.train.checkpoint.tensors import (
@@ -31,7 +32,6 @@ from tokenformer.train.checkpoint.tensors import (
     WrittenShare,
     load_into,
     load_tensors,
-    local_part,
     plan_writes,
     stored_shapes,
     write_metadata,
@@ -156,7 +156,9 @@ def write_contents(
 
 
 def _write_tensors(tensors: Mapping[str, Tensor], directory: Path, plan: bytes) -> WrittenShare:
-    return write_share(directory, plan, {name: local_part(tensor) for name, tensor in tensors.items()})
+    return write_share(
+        directory, plan, {name: local_part(tensor.detach()) for name, tensor in tensors.items()}
+    )
 
 
 def read_checkpoint(directory: Path | str, *, verify: bool = True) -> TrainingCheckpoint:

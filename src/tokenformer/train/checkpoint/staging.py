@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from tokenformer.errors import TokenFormerError
+from tokenformer.parallel.local import local_part
 from tokenformer.train.checkpoint.shared_memory import Layout, SharedMemory, lay_out
-from tokenformer.train.checkpoint.tensors import WrittenShare, local_part, write_share
+from tokenformer.train.checkpoint.tensors import WrittenShare, write_share
 
 
 class Staging:
@@ -40,7 +41,7 @@ class Staging:
             TokenFormerError: the memory cannot be had.
         """
         self.wait()
-        local = {name: local_part(tensor) for name, tensor in tensors.items()}
+        local = {name: local_part(tensor.detach()) for name, tensor in tensors.items()}
         device = next((tensor.device for tensor in local.values() if tensor.is_cuda), None)
         self._make_room(local, pinned=device is not None)
         if device is None:

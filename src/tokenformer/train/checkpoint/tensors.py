@@ -23,7 +23,6 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import MetadataIndex, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan
-from torch.distributed.tensor import DTensor
 from torch.serialization import get_crc32_options, set_crc32_options
 
 from tokenformer.errors import TokenFormerError
@@ -49,12 +48,6 @@ class WrittenShare(NamedTuple):
 
     records: dict[str, FileRecord]
     places: bytes
-
-
-def local_part(tensor: Tensor) -> Tensor:
-    """What this rank holds of ``tensor``; not a copy."""
-    tensor = tensor.detach()
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def plan_writes(tensors: Mapping[str, Tensor], ranks: Ranks) -> WritePlan:
