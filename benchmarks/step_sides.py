@@ -79,7 +79,12 @@ def make_side(
         return Side(fast_step(transformer, size, batches, device), transformer, transformer_flops(size))
     config = tokenformer_config(size, norm_activation, groups=GROUPS if name == "groups" else 1)
     ours = fresh_model(config, device)
-    op = {"float8": pattention_float8, "formula": published_op, "published": published_op, "eager": published_op}
+    op = {
+        "float8": pattention_float8,
+        "formula": published_op,
+        "published": published_op,
+        "eager": published_op,
+    }
     for module in ours.modules():
         if isinstance(module, Pattention) and name in op:
             module.op = op[name]
@@ -106,9 +111,7 @@ def fast_step(
             block.compile(dynamic=False)
     step = TrainStep(model, _Task(), stage_config(size, cuda_graphs=cuda_graphs), device)  # type: ignore[arg-type]
     parts = [
-        Batch(*part)
-        for batch in batches
-        for part in zip(*(x.chunk(passes) for x in batch[:2]), strict=True)
+        Batch(*part) for batch in batches for part in zip(*(x.chunk(passes) for x in batch[:2]), strict=True)
     ]
     endless = cycle(parts)
     return lambda: step(endless, 0, passes).nats / (size.sequences * size.length)
@@ -135,7 +138,10 @@ def published_step(
         for block in model.blocks:  # type: ignore[union-attr]
             block.compile(dynamic=False)
     return plain_step(
-        model, lambda model, inputs, targets: loss(model.hidden(inputs), model.head.weight, targets), batches, device
+        model,
+        lambda model, inputs, targets: loss(model.hidden(inputs), model.head.weight, targets),
+        batches,
+        device,
     )
 
 

@@ -85,6 +85,23 @@ def test_train_step(
     assert "ours / transformer: tokens/s" in capsys.readouterr().out
 
 
+def test_float8_curve(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text.txt").write_text("one two three four five six seven eight nine ten. " * 40)
+    written = tmp_path / "curve.json"
+    sizes = ("--steps", 12, "--sequences", 2, "--length", 16, "--window", 3, "--lr", 1e-2)
+    arguments = (tmp_path / "text.txt", "--model", "tiny", "--device", "cpu", *sizes)
+    run_script(monkeypatch, "float8_curve.py", *arguments, "--json", written)
+    values = json.loads(written.read_text())
+    losses = values["losses"]["float8"]
+    assert losses == values["losses"]["bfloat16"]  # the same order of the same text
+    assert len(losses) == 12
+    assert losses[-1] < losses[0]
+    assert values["ratios"] == [1.0] * 4
+    assert "last_ratio 1.0" in capsys.readouterr().out
+
+
 def test_generate(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
