@@ -112,7 +112,7 @@ def measure_or_report(
     begin = time.perf_counter()
     try:
         result = {"side": side, **measure(side, size, arguments, device)}
-    except Exception as error:  # noqa: BLE001  # whatever it is, the other sides are still wanted
+    except Exception as error:  # whatever it is, the other sides are still wanted
         traceback.print_exc()
         message = f"{type(error).__name__}: {error}".splitlines()[0]
         print(f"{side:12} failed: {message}", flush=True)

@@ -74,7 +74,8 @@ def test_train_step(
     arguments = ("--models", "tiny", "--repeats", 2, "--device", "cpu", "--sides", *sides)
     run_script(monkeypatch, "train_step.py", *arguments, "--json", written)
     failed, *results = json.loads(written.read_text())["results"]
-    assert failed["side"] == "gpt_neox" and "transformers" in failed["error"]
+    assert failed["side"] == "gpt_neox"
+    assert "transformers" in failed["error"]
     assert tuple(result["side"] for result in results) == sides[1:]
     assert len({result["parameters"] for result in results[:5]}) == 1
     assert results[5]["parameters"] == pytest.approx(results[0]["parameters"], rel=0.02)
