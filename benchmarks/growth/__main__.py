@@ -48,8 +48,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     run.add_argument("plan", type=Path)
     run.add_argument("--data", type=Path, required=True)
     run.add_argument("--out", type=Path, required=True)
-    run.add_argument("--workers", type=int, default=1, help="runs at once")
+    run.add_argument("--workers", type=int, default=1, help="runs at once on each GPU")
     run.add_argument("--seconds", type=float, default=1e9, help="start nothing that would take longer")
+    run.add_argument(
+        "--gpus", nargs="*", default=[], help="several GPUs: 0 1, or 0@200 for one that is free only then"
+    )
     run.add_argument("--dry", action="store_true", help="only say what would be done, and what it costs")
     run.set_defaults(command=run_plan)
     table = commands.add_parser("table", help="medians over seeds")
@@ -90,10 +93,16 @@ def prepare_python_data(arguments: argparse.Namespace) -> None:
 def run_plan(arguments: argparse.Namespace) -> None:
     from benchmarks.growth.execute import Place, find_commit
     from benchmarks.growth.plan import load_plan
-    from benchmarks.growth.pool import Pool
+    from benchmarks.growth.pool import Lane, Pool
 
     place = Place(arguments.data, arguments.out, find_commit())
-    pool = Pool(load_plan(arguments.plan), place, workers=arguments.workers, seconds=arguments.seconds)
+    lanes = []
+    for gpu in arguments.gpus:
+        name, _, begins = gpu.partition("@")
+        lanes.append(Lane(name, float(begins or 0)))
+    pool = Pool(
+        load_plan(arguments.plan), place, workers=arguments.workers, seconds=arguments.seconds, lanes=lanes
+    )
     if arguments.dry:
         missing = pool.missing()
         for run in missing:

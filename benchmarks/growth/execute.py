@@ -64,6 +64,7 @@ def _execute(run: Run, plan: Plan, place: Place, parent: Result | None, is_paren
         done = train(validate(RunConfig, values, source=run.id), out, resume=True, quiet=True)
         result |= {
             "total_flops": done.state.flops,
+            "flops_per_second": _steady_speed(out),
             "tokens": done.state.tokens,
             "train_seconds": done.state.seconds,
             "skipped_steps": done.state.skipped_steps,
@@ -73,8 +74,7 @@ def _execute(run: Run, plan: Plan, place: Place, parent: Result | None, is_paren
         }
     except TokenFormerError as error:  # it diverged, which no second try changes
         result |= {"error": str(error)[:300], "val": None, "test": None}
-    if start is not None:
-        shutil.rmtree(start, ignore_errors=True)
+    shutil.rmtree(_own_start(run, place), ignore_errors=True)
     if not is_parent:
         for name in ("checkpoints", "model"):
             shutil.rmtree(out / name, ignore_errors=True)
@@ -110,9 +110,9 @@ def make_start(
 ) -> tuple[Path | None, dict[str, Any]]:
     """The directory that the run begins from (None: the configuration alone says it), and facts of its model."""
     from tokenformer.models.directory import save_model
-    from tokenformer.models.registry import build_model, parse_config
+    from tokenformer.models.registry import build_model, load_config, parse_config
 
-    start = place.out / "starts" / run.directory
+    start = _own_start(run, place)
     shutil.rmtree(start, ignore_errors=True)
     length = run.config["data"]["sequence_length"]
     if run.model is not None:
@@ -128,9 +128,14 @@ def make_start(
     from tokenformer.train.checkpoint.contents import read_checkpoint, write_checkpoint
 
     assert parent is not None
-    former = read_checkpoint(
-        place.out / "runs" / _directory_of(parent) / "checkpoints" / parent["checkpoint"]
-    )
+    source = place.out / "runs" / _directory_of(parent) / "checkpoints" / parent["checkpoint"]
+    if run.growth.only_goes_on:
+        config = load_config(source)
+        return source, {
+            "flops_per_token": config.flops_per_token(length),
+            "parameters": config.num_parameters(),
+        }
+    former = read_checkpoint(source)
     model, moments = _grown(former.model, former.moments, run.growth, run.seed, former.state.step)
     growth = _compare(former.model, model, plan, place, length)
     if run.growth.moments == "reset":
@@ -141,6 +146,10 @@ def make_start(
         "parameters": model.config.num_parameters(),
     }
     return start, facts | {"growth": growth | {"flops": parent["total_flops"]}}
+
+
+def _own_start(run: Run, place: Place) -> Path:
+    return place.out / "starts" / run.directory
 
 
 def _directory_of(result: Result) -> str:
@@ -265,6 +274,16 @@ def _curves(out: Path) -> dict[str, Any]:
         ],
         "tokens_per_second": [r["tokens_per_second"] for r in records if "tokens_per_second" in r][-1:],
     }
+
+
+def _steady_speed(out: Path) -> float | None:
+    """FLOP/s of the second half of a run, when everything is compiled."""
+    from tokenformer.train.metrics import read_metrics
+
+    logged = [record for record in read_metrics(out) if "tokens_per_second" in record]
+    first, last = logged[len(logged) // 2 - 1], logged[-1]
+    seconds = last["seconds"] - first["seconds"]
+    return (last["flops"] - first["flops"]) / seconds if seconds > 0 else None
 
 
 def find_device() -> Any:

@@ -17,7 +17,7 @@ from tokenformer.validation import StrictModel, validate
 Values = dict[str, Any]
 
 
-Trial = Literal["qk_norm", "affine_norms"]
+Trial = Literal["qk_norm", "out_norm", "affine_norms"]
 
 
 class Growth(StrictModel):
@@ -38,6 +38,11 @@ class Growth(StrictModel):
     moments: Literal["keep", "reset"] = "keep"
     key_std: float | None = None
     value_gain: float = 1.0
+
+    @property
+    def only_goes_on(self) -> bool:
+        """Whether the child is its parent, model and moments, under another schedule."""
+        return self == Growth()
 
 
 class Run(StrictModel):
@@ -104,13 +109,17 @@ class Entry(StrictModel):
 
 class Plan(StrictModel):
     """``config``: sections that all runs share. ``curve_points``: validations along a run, of ``curve_tokens`` tokens;
-    at its end ``scored_tokens`` of validation and of test. Runs are started by round, then seed, then as written."""
+    at its end ``scored_tokens`` of validation and of test. Runs are started by round, then seed, then as written.
+    ``speed``: FLOP/s of a whole GPU, and ``overhead``: seconds of a run besides its steps; both as long as none was
+    measured."""
 
     config: Values
     models: dict[str, Values]
     curve_points: int = 8
     curve_tokens: int = 65536
     scored_tokens: int = 524288
+    speed: float = 1e15
+    overhead: float = 0.0
     runs: tuple[Entry, ...]
 
 

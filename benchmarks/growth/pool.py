@@ -6,9 +6,12 @@ import json
 import multiprocessing
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from benchmarks.growth.execute import Place, Result, execute
@@ -25,25 +28,45 @@ def read_results(path: Path) -> dict[str, Result]:
     return {result["id"]: result for result in map(json.loads, lines)}
 
 
+@dataclass
+class Lane:
+    """Processes on one GPU (None: whatever there is), from ``begins`` seconds on; ``running`` are at work."""
+
+    gpu: str | None = None
+    begins: float = 0.0
+    running: dict[Future[Result], Run] = field(default_factory=dict)
+    processes: ProcessPoolExecutor | None = None
+
+
 class Pool:
     """Does what is missing of a plan. Every result is a line in ``OUT/results.jsonl`` as soon as it is there.
 
-    ``workers`` processes live as long as the pool, so that each pays for importing torch once. With ``seconds`` no run
-    is started that would, by the speed of its like so far, not be finished by then.
+    ``workers`` processes for each lane live as long as the pool, so that each pays for importing torch once. With
+    ``seconds`` no run is started that would not be finished by then, judged by the speed that its like has once
+    everything is compiled; what still runs then is ended.
     """
 
     def __init__(
-        self, plan: Plan, place: Place, *, workers: int, seconds: float = 1e9, threads: int = 1
+        self,
+        plan: Plan,
+        place: Place,
+        *,
+        workers: int,
+        seconds: float = 1e9,
+        lanes: Sequence[Lane] = (),
+        threads: int = 1,
     ) -> None:
         self.plan, self.place, self.workers, self.threads = plan, place, workers, threads
         self.began = time.monotonic()
         self.seconds = seconds
+        self.lanes = list(lanes) or [Lane()]
         self.runs = expand(plan)
         self.by_id = {run.id: run for run in self.runs}
         self.parents = {run.parent_id for run in self.runs}
         self.file = place.out / RESULTS
         self.results = read_results(self.file)
-        self._speeds: dict[int, list[float]] = {}
+        self._speeds: dict[int, list[float]] = {}  # of a whole lane, by the number of parameters
+        self._overheads: list[float] = []
 
     def missing(self) -> list[Run]:
         """Runs without a result of exactly this configuration, and parents of such whose checkpoint is gone."""
@@ -57,52 +80,104 @@ class Pool:
         return [run for run in self.runs if run.id in needed]
 
     def run(self) -> list[Run]:
-        """Do them; returns the runs that were left out for want of time or of a parent."""
+        """Do them; returns the runs that were left out for want of time or of a parent, or ended."""
         self.place.out.mkdir(parents=True, exist_ok=True)
-        waiting, left_out = self.missing(), []
-        todo = {run.id for run in waiting}
-        total, running = len(waiting), {}
+        waiting = self.missing()
+        total = len(waiting)
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(
-            self.workers, mp_context=context, initializer=_prepare_worker, initargs=(self.threads,)
-        ) as pool:
-            while waiting or running:
-                for run in list(waiting):
-                    if len(running) >= self.workers:
-                        break
-                    if run.parent_id in todo:
-                        continue
-                    waiting.remove(run)
-                    if self._has_no_parent(run) or self._is_too_late(run):
-                        left_out.append(run)
-                        todo.discard(run.id)
-                        self.results.pop(run.id, None)
-                    else:
-                        running[self._submit(pool, run)] = run
+        with ExitStack() as stack:
+            for lane in self.lanes:
+                lane.processes = stack.enter_context(
+                    ProcessPoolExecutor(
+                        self.workers,
+                        mp_context=context,
+                        initializer=_prepare_worker,
+                        initargs=(self.threads, lane.gpu),
+                    )
+                )
+            while True:
+                self._start(waiting)
+                running = [future for lane in self.lanes for future in lane.running]
                 if not running:
-                    continue
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    run = running.pop(future)
-                    todo.discard(run.id)
-                    self._keep(run, future.result())
-                    print(self._line(run, total - len(waiting) - len(running), total), flush=True)
-        return left_out
+                    return waiting
+                for future in wait(running, timeout=2, return_when=FIRST_COMPLETED).done:
+                    lane = next(lane for lane in self.lanes if future in lane.running)
+                    run = lane.running.pop(future)
+                    self._keep(run, future.result(), len(lane.running) + 1)
+                    left = len(waiting) + sum(len(lane.running) for lane in self.lanes)
+                    print(self._line(run, total - left, total), flush=True)
+                if self._left() < 0:
+                    for process in multiprocessing.active_children():
+                        process.kill()
+                    return [*waiting, *(run for lane in self.lanes for run in lane.running.values())]
 
-    def _submit(self, pool: ProcessPoolExecutor, run: Run) -> Future[Result]:
-        parent = self.results[run.parent_id] if run.parent_id is not None else None
-        return pool.submit(execute, run, self.plan, self.place, parent, is_parent=run.id in self.parents)
+    def _start(self, waiting: list[Run]) -> None:
+        """Give work to every process that is free."""
+        at_work = {run.id for lane in self.lanes for run in lane.running.values()}
+        for run in list(waiting):
+            lane = self._free_lane()
+            if lane is None:
+                return
+            if run.parent_id is not None and (
+                run.parent_id in at_work | {other.id for other in waiting}
+                or not self._has_checkpoint(run.parent_id)
+            ):
+                continue
+            if self._needed(run, waiting, lane) > self._left():
+                continue  # it is asked again: what is expected may change
+            waiting.remove(run)
+            assert lane.processes is not None
+            parent = self.results[run.parent_id] if run.parent_id is not None else None
+            future = lane.processes.submit(
+                execute, run, self.plan, self.place, parent, is_parent=run.id in self.parents
+            )
+            lane.running[future] = run
 
-    def _keep(self, run: Run, result: Result) -> None:
+    def _free_lane(self) -> Lane | None:
+        at = time.monotonic() - self.began
+        free = [lane for lane in self.lanes if lane.begins <= at and len(lane.running) < self.workers]
+        return min(free, key=lambda lane: len(lane.running), default=None)
+
+    def _left(self) -> float:
+        return self.began + self.seconds - time.monotonic()
+
+    def _needed(self, run: Run, waiting: list[Run], lane: Lane) -> float:
+        """Seconds until ``run`` would be finished, or, if it is only there for others, the nearest of them."""
+        together = min(self.workers, len(lane.running) + len(waiting))
+        seconds = self._expected(run, together)
+        children = [other for other in waiting if other.parent_id == run.id]
+        if run.group == "parents" and children:
+            seconds += min(self._needed(child, waiting, lane) for child in children)
+        return seconds
+
+    def _expected(self, run: Run, together: int) -> float:
+        """Of a run that shares its GPU with others."""
+        known = [speed for found in self._speeds.values() for speed in found[-self.workers :]]
+        alike = self._speeds.get(self._parameters(run), known)
+        speed = median(alike) if alike else self.plan.speed
+        overhead = median(self._overheads) if self._overheads else self.plan.overhead
+        return overhead + self._new_flops(run) * together / speed
+
+    def _parameters(self, run: Run) -> int:
+        """Of a run that was done before; 0 where it is not known."""
+        for found in self.results.values():
+            if found["name"] == run.name or (run.model is not None and found.get("model") == run.model):
+                return int(found["parameters"])
+        return 0
+
+    def _keep(self, run: Run, result: Result, together: int) -> None:
         self.results[run.id] = result
         with self.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(result) + "\n")
-        if "total_flops" in result:
-            speed = self._new_flops(run) / result["wall_seconds"]
-            self._speeds.setdefault(result["parameters"], []).append(speed)
+        speed = result.get("flops_per_second")
+        if speed is not None:
+            self._speeds.setdefault(result["parameters"], []).append(speed * together)
+            steps = self._new_flops(run) / speed
+            self._overheads.append(max(0.0, result["wall_seconds"] - steps))
 
     def _new_flops(self, run: Run) -> float:
-        parent = self.results.get(run.parent_id or "", {})
-        return run.flops - float(parent.get("total_flops", 0.0))
+        parent = self.by_id.get(run.parent_id or "")
+        return run.flops - (parent.flops if parent is not None else 0.0)
 
     def _is_done(self, run: Run) -> bool:
         found = self.results.get(run.id)
@@ -117,21 +192,12 @@ class Pool:
         directory = self.place.run(self.by_id[run_id]) / "checkpoints"
         return name is not None and (directory / name).is_dir()
 
-    def _has_no_parent(self, run: Run) -> bool:
-        return run.parent_id is not None and not self._has_checkpoint(run.parent_id)
-
-    def _is_too_late(self, run: Run) -> bool:
-        left = self.began + self.seconds - time.monotonic()
-        speeds: Iterable[float] = [
-            speed for found in self._speeds.values() for speed in found[-self.workers :]
-        ]
-        expected = self._new_flops(run) / max(speeds) if speeds else 0.0  # the first ones compile
-        return expected > left
-
     def _line(self, run: Run, number: int, total: int) -> str:
         result = self.results[run.id]
         scores = ", ".join(f"{name} {_number(result.get(name))}" for name in ("val", "test"))
         spent = f"{result.get('total_flops', 0) / 1e15:.3g} PFLOP, {result['wall_seconds']:.0f} s"
+        if result.get("flops_per_second"):
+            spent += f", {result['flops_per_second'] / 1e12:.0f} TFLOP/s"
         at = time.monotonic() - self.began
         error = f"; {result['error']}" if "error" in result else ""
         return f"{at:4.0f} s {number}/{total} {run.id}: {scores}; {spent}{error}"
@@ -141,7 +207,9 @@ def _number(value: Any) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def _prepare_worker(threads: int) -> None:
+def _prepare_worker(threads: int, gpu: str | None) -> None:
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # many workers compile at once
     import torch
 

@@ -11,8 +11,9 @@ from benchmarks.growth.plan import Trial
 
 @contextmanager
 def trying(trials: Sequence[Trial]) -> Iterator[None]:
-    """``qk_norm``: queries and keys of each head divided by their root mean square, without a gain; ``affine_norms``:
-    the norms inside a TokenFormer's blocks have weight and bias, as a Transformer's have."""
+    """``qk_norm``: queries and keys of each head divided by their root mean square, without a gain; ``out_norm``: so is
+    what each head gives to the output projection; ``affine_norms``: the norms inside a TokenFormer's blocks have weight
+    and bias, as a Transformer's have."""
     with ExitStack() as stack:
         for trial in trials:
             stack.enter_context(_TRIALS[trial]())
@@ -30,6 +31,24 @@ def _qk_norm() -> Iterator[None]:
     def normed(query: Any, key: Any, *rest: Any) -> Any:
         features = query.shape[-1:]
         return former(F.rms_norm(query, features), F.rms_norm(key, features), *rest)
+
+    attention.causal_attention = normed  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        attention.causal_attention = former
+
+
+@contextmanager
+def _out_norm() -> Iterator[None]:
+    import torch.nn.functional as F
+
+    import tokenformer.layers.attention as attention
+
+    former = attention.causal_attention
+
+    def normed(query: Any, *rest: Any) -> Any:
+        return F.rms_norm(former(query, *rest), query.shape[-1:])
 
     attention.causal_attention = normed  # type: ignore[assignment]
     try:
@@ -59,4 +78,4 @@ def _affine_norms() -> Iterator[None]:
         model._block = former
 
 
-_TRIALS = {"qk_norm": _qk_norm, "affine_norms": _affine_norms}
+_TRIALS = {"qk_norm": _qk_norm, "out_norm": _out_norm, "affine_norms": _affine_norms}

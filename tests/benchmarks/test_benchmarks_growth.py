@@ -98,6 +98,23 @@ def test_a_finished_plan_is_not_done_again_and_a_changed_run_is(
     assert "1 runs" in planned
 
 
+def test_what_cannot_end_in_time_is_left_out(finished: tuple[Path, Path], tmp_path: Path) -> None:
+    plan = tmp_path / "plan.yaml"
+    text = TINY.read_text("utf-8").split("runs:")[0]
+    plan.write_text(
+        f"speed: 1.0e+7\n{text}runs:\n"
+        "  - {name: long, model: large, flops: 4.0e+12}\n"
+        "  - {name: trunk, group: parents, model: small, flops: 1.0e+8, set: {schedule.name: constant}}\n"
+        "  - {name: branch, parent: trunk, flops: 4.0e+12}\n"
+        "  - {name: short, model: small, flops: 1.0e+8}\n",
+        "utf-8",
+    )
+    printed = run_command("run", plan, "--data", finished[0], "--out", tmp_path / "out", "--seconds", 60)
+    # a run that others begin from alone is not worth its time without one of them
+    assert printed.splitlines()[-1] == "left out (3): long#0, trunk#0, branch#0"
+    assert read(tmp_path / "out").keys() == {"short#0"}
+
+
 def test_table_and_figures(finished: tuple[Path, Path], tmp_path: Path) -> None:
     results = finished[1] / "results.jsonl"
     table = run_command("table", results)
