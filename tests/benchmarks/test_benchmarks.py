@@ -69,16 +69,38 @@ def test_train_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     written = tmp_path / "train_step.json"
-    sides = ("ours", "formula", "published", "transformer")
+    monkeypatch.setitem(sys.modules, "transformers", None)  # a side that fails
+    sides = ("gpt_neox", "ours", "groups", "accumulated", "formula", "published", "transformer")
     arguments = ("--models", "tiny", "--repeats", 2, "--device", "cpu", "--sides", *sides)
     run_script(monkeypatch, "train_step.py", *arguments, "--json", written)
-    results = json.loads(written.read_text())["results"]
-    assert [result["side"] for result in results] == list(sides)
-    assert len({result["parameters"] for result in results[:3]}) == 1
-    assert results[3]["parameters"] == pytest.approx(results[0]["parameters"], rel=0.02)
-    assert results[0]["loss"] == pytest.approx(results[1]["loss"], rel=1e-4)
+    failed, *results = json.loads(written.read_text())["results"]
+    assert failed["side"] == "gpt_neox"
+    assert "transformers" in failed["error"]
+    assert tuple(result["side"] for result in results) == sides[1:]
+    assert len({result["parameters"] for result in results[:5]}) == 1
+    assert results[5]["parameters"] == pytest.approx(results[0]["parameters"], rel=0.02)
+    for index in (2, 3, 4):  # the same weights and batches
+        assert results[index]["loss"] == pytest.approx(results[0]["loss"], rel=1e-4)
+        assert results[index]["last_loss"] == pytest.approx(results[0]["last_loss"], rel=1e-1)
     assert min(result["tokens_per_second"] for result in results) > 0
-    assert "transformer" in capsys.readouterr().out
+    assert "ours / transformer: tokens/s" in capsys.readouterr().out
+
+
+def test_float8_curve(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text.txt").write_text("one two three four five six seven eight nine ten. " * 40)
+    written = tmp_path / "curve.json"
+    sizes = ("--steps", 12, "--sequences", 2, "--length", 16, "--window", 3, "--lr", 1e-2)
+    arguments = (tmp_path / "text.txt", "--model", "tiny", "--device", "cpu", *sizes)
+    run_script(monkeypatch, "float8_curve.py", *arguments, "--json", written)
+    values = json.loads(written.read_text())
+    losses = values["losses"]["float8"]
+    assert losses == values["losses"]["bfloat16"]  # the same order of the same text
+    assert len(losses) == 12
+    assert losses[-1] < losses[0]
+    assert values["ratios"] == [1.0] * 4
+    assert "last_ratio 1.0" in capsys.readouterr().out
 
 
 def test_generate(

@@ -25,6 +25,13 @@ if torch.cuda.is_available():
     ]
 
 Tokens = list[list[Tensor]]
+LARGER = pytest.param(  # a quarter of a minute by the interpreter
+    512,
+    256,
+    (256, 128),
+    3,
+    marks=[pytest.mark.gpu, pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")],
+)
 
 
 def draw(rows: int, d: int, groups: tuple[int, ...], projections: int) -> tuple[Tensor, Tokens, Tokens]:
@@ -70,7 +77,8 @@ def defined(x: Tensor, keys: Tokens, values: Tokens, kind: WeightKind) -> list[T
 
 @pytest.mark.parametrize("norm_activation", NORM_ACTIVATIONS)
 @pytest.mark.parametrize(
-    ("rows", "d", "groups", "projections"), [(48, 32, (64,), 1), (32, 48, (48, 32), 3), (16, 16, (16, 16), 2)]
+    ("rows", "d", "groups", "projections"),
+    [(48, 32, (64,), 1), (32, 48, (48, 32), 3), (16, 16, (16, 16), 2), LARGER],
 )
 def test_error_is_that_of_four_bits_less(
     norm_activation: str, rows: int, d: int, groups: tuple[int, ...], projections: int
@@ -98,3 +106,17 @@ def test_other_sizes_and_dtypes_take_the_other_path() -> None:
     x, keys, values = draw(16, 16, (16,), 1)
     found = pattention_float8(x, keys[0], values[0], kind)
     assert torch.equal(found, pattention_projections(x, keys, values, kind)[0])
+
+
+def test_compiled_is_plain() -> None:
+    """Shapes and dtypes are those that the compiler was told, of outputs and of what is kept."""
+    x, keys, values = draw(32, 48, (48, 32), 3)
+    kind = WeightKind("l2_norm_gelu", 80.0)
+    torch.compiler.reset()
+    backend = "inductor" if DEVICE == "cuda" else "aot_eager"
+    compiled = torch.compile(pattention_float8_projections, dynamic=False, backend=backend)
+    found = results(compiled, x, keys, values, kind, torch.float32)
+    expected = results(pattention_float8_projections, x, keys, values, kind, torch.float32)
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == b.dtype
+        assert (a - b).norm() <= 1e-2 * b.norm()

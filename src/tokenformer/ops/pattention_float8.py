@@ -26,8 +26,10 @@ from tokenformer.ops.pattention import (
 FLOAT8 = torch.float8_e4m3fn
 _MULTIPLE = 16  # of every size of a product
 _LONGEST_ROW = 16384
-_TILE = (128, 64)  # of a transposition
+_TILE = (128, 128)  # of a transposition
+_TILE_WARPS = 8
 _LARGEST_BLOCK = 4096
+_MOST_EACH = 24  # scores that a thread holds
 _KEY_LARGEST, _VALUE_LARGEST, _KEY, _VALUE, _X, _WEIGHT, _SCORE_GRAD, _GRAD = range(8)
 """Rows of the table of numbers that are of a whole tensor: largest entries, then scales."""
 
@@ -72,13 +74,20 @@ def _fused(
     flat_keys, flat_values = (
         [group for projection in tokens for group in projection] for tokens in (keys, values)
     )
+    matrices = (_one_matrix(groups) for groups in (flat_keys, flat_values))
     outputs, scales, *_ = float8_forward(
-        x.reshape(-1, x.shape[-1]), flat_keys, flat_values, len(values), *kind
+        x.reshape(-1, x.shape[-1]), *matrices, flat_keys, flat_values, len(values), *kind
     )
     return [
         _Scaled.apply(out, scale).reshape(*x.shape[:-1], out.shape[-1])
         for out, scale in zip(outputs, scales.unbind(), strict=True)
     ]
+
+
+def _one_matrix(groups: Sequence[Tensor]) -> Tensor:
+    """All groups in bfloat16, apart from autograd; a compiler makes one kernel of it."""
+    parts = [group.detach().to(torch.bfloat16) for group in groups]
+    return torch.cat(parts) if len(parts) > 1 else parts[0].contiguous()
 
 
 class _Scaled(torch.autograd.Function):
@@ -104,6 +113,8 @@ def _times(x: Tensor, scale: Tensor) -> Tensor:
 @torch.library.custom_op("tokenformer::pattention_float8_forward", mutates_args=())
 def float8_forward(
     x: Tensor,
+    key: Tensor,
+    value: Tensor,
     keys: list[Tensor],
     values: list[Tensor],
     projections: int,
@@ -112,7 +123,8 @@ def float8_forward(
     gelu_approximate: str,
     norm_eps: float,
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """p projections of ``x`` [rows, d_in], of p * g groups of ``keys`` [n_g, d_in] and ``values`` [n_g, d_out].
+    """p projections of ``x`` [rows, d_in]; ``key`` [p * n, d_in] and ``value`` [p * n, d_out] are the tokens, bfloat16,
+    of ``keys`` and ``values`` (p * g groups), which stand for them in autograd alone.
 
     Returns p outputs [rows, d_out] and the scales of their rows [p, rows]; the scores [rows * p, n] and their
     statistics [rows * p, 2]; in float8 the weights [p, rows, n], the input [rows, d_in] with its scales [rows], the
@@ -120,28 +132,24 @@ def float8_forward(
     """
     from tokenformer.ops.pattention_float8_triton import forward_to_float8
 
-    rows, tokens = x.shape[0], sum(group.shape[0] for group in keys)
-    n = tokens // projections
+    rows, n = x.shape[0], key.shape[0] // projections
     numbers = torch.zeros(8, 4, device=x.device)  # rows of 16 bytes
-    key, key_transposed = _tokens(keys, numbers, _KEY_LARGEST, _KEY)
-    value, value_transposed = _tokens(values, numbers, _VALUE_LARGEST, _VALUE)
+    key, key_transposed = _tokens(key, numbers, _KEY_LARGEST, _KEY)
+    value, value_transposed = _tokens(value, numbers, _VALUE_LARGEST, _VALUE)
     quantized, input_scales = _rows([x], numbers[_X])
     scores = _product(quantized[0], key, numbers[_KEY]).view(-1, n)
     weights = torch.empty(projections, rows, n, dtype=FLOAT8, device=x.device)
     weight_scales = torch.empty(projections, rows, device=x.device)
     statistics = torch.empty(rows * projections, 2, device=x.device)
-    launch, numbers_of_kind, options = _layout(
-        rows, projections, n, norm_activation, tau, gelu_approximate, norm_eps
-    )
-    forward_to_float8[(-(-rows * projections // launch["ROWS"]),)](
+    launch, numbers_of_kind, options = _layout(1, n, norm_activation, tau, gelu_approximate, norm_eps)
+    forward_to_float8[(-(-rows // launch["ROWS"]), projections)](
         scores,
         input_scales[0],
         weights,
         weight_scales,
         numbers[_WEIGHT],
         statistics,
-        rows * projections,
-        projections,
+        rows,
         *numbers_of_kind,
         **options,
         **launch,
@@ -194,10 +202,9 @@ def float8_backward(
     score_grads = torch.empty(rows, projections * n, dtype=FLOAT8, device=x.device)
     score_grad_scales = torch.empty(rows, device=x.device)
     launch, numbers_of_kind, options = _layout(
-        rows, projections, n, norm_activation, tau, gelu_approximate, norm_eps, together=projections > 1
+        projections, n, norm_activation, tau, gelu_approximate, norm_eps
     )
-    programs = rows if projections > 1 else -(-rows // launch["ROWS"])
-    backward_to_float8[(programs,)](
+    backward_to_float8[(-(-rows // launch["ROWS"]),)](
         scores,
         input_scales,
         weight_grads,
@@ -206,12 +213,11 @@ def float8_backward(
         score_grad_scales,
         numbers[_SCORE_GRAD],
         statistics,
-        rows * projections,
-        projections,
+        rows,
         *numbers_of_kind,
         **options,
         **launch,
-        TOGETHER=projections > 1,
+        PROJECTIONS=projections,
     )
     del weight_grads
     key_grad = torch.empty((projections * n, x.shape[1]) if need_key else 0, device=x.device)
@@ -225,9 +231,16 @@ def float8_backward(
 
 
 @float8_forward.register_fake
-def _(x: Tensor, keys: list[Tensor], values: list[Tensor], projections: int, *kind: Any) -> Any:
-    rows, d_in, d_out = x.shape[0], x.shape[1], values[0].shape[1]
-    tokens = sum(group.shape[0] for group in keys)
+def _(
+    x: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keys: list[Tensor],
+    values: list[Tensor],
+    projections: int,
+    *kind: Any,
+) -> Any:
+    rows, d_in, d_out, tokens = x.shape[0], x.shape[1], value.shape[1], key.shape[0]
     n = tokens // projections
 
     def float8(*size: int) -> Tensor:
@@ -270,7 +283,7 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    _, keys, values, _, *kind = inputs
+    _, _, _, keys, values, _, *kind = inputs
     _, weight_scales, scores, statistics, weights, *kept = output
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(scores, statistics, weights, weight_scales, *kept)
@@ -280,14 +293,14 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
 
 
 def _backward(ctx: Any, grads: list[Tensor], *_: Tensor | None) -> tuple[Any, ...]:
-    need_x, *needed, _, _, _, _, _ = ctx.needs_input_grad
+    need_x, _, _, *needed, _, _, _, _, _ = ctx.needs_input_grad
     wanted = [need_x, *(any(flags) for flags in needed)]
     grad_x, scales, *token_grads = float8_backward(grads, *ctx.saved_tensors, *ctx.kind, *wanted)
     parts = []
     for grad, sizes, flags, dtype in zip(token_grads, ctx.sizes, needed, ctx.dtypes, strict=True):
         groups = grad.split(sizes) if any(flags) else [grad] * len(sizes)
         parts.append([g.to(dtype) if need else None for g, need in zip(groups, flags, strict=True)])
-    return _times(grad_x, scales) if need_x else None, *parts, *(None for _ in range(5))
+    return _times(grad_x, scales) if need_x else None, None, None, *parts, *(None for _ in range(5))
 
 
 float8_forward.register_autograd(_backward, setup_context=_setup_context)
@@ -333,44 +346,42 @@ def _transposed(quantized: Tensor, scales: Tensor, largest_scale: Tensor) -> Ten
 
     p, rows, features = quantized.shape
     transposed = torch.empty(p, features, rows, dtype=FLOAT8, device=quantized.device)
-    grid = _tiles(rows, features)
-    for a, scale, out in zip(quantized, scales, transposed, strict=True):
-        transpose_rows[grid](
-            a, scale, largest_scale, out, rows, features, ROWS=_TILE[0], COLUMNS=_TILE[1], num_warps=8
-        )
+    transpose_rows[(*_tiles(rows, features), p)](
+        quantized,
+        scales,
+        largest_scale,
+        transposed.view(torch.int32),
+        rows,
+        features,
+        ROWS=_TILE[0],
+        COLUMNS=_TILE[1],
+        num_warps=_TILE_WARPS,
+    )
     return transposed
 
 
-def _tokens(groups: Sequence[Tensor], numbers: Tensor, largest: int, scale: int) -> tuple[Tensor, Tensor]:
-    """All groups in float8 [tokens, features], and transposed; fills two rows of the table."""
+def _tokens(tokens: Tensor, numbers: Tensor, largest: int, scale: int) -> tuple[Tensor, Tensor]:
+    """``tokens`` [n, features] in float8, and transposed; fills two rows of the table."""
     from tokenformer.ops.pattention_float8_triton import find_largest, quantize_tokens
 
-    total, features = sum(group.shape[0] for group in groups), groups[0].shape[1]
-    quantized = torch.empty(total, features, dtype=FLOAT8, device=groups[0].device)
-    transposed = torch.empty(features, total, dtype=FLOAT8, device=groups[0].device)
-    groups = [group.contiguous() for group in groups]
-    for group in groups:
-        find_largest[(-(-group.numel() // _LARGEST_BLOCK),)](
-            group, numbers[largest], group.numel(), BLOCK=_LARGEST_BLOCK
-        )
-    first = 0
-    for group in groups:
-        n = group.shape[0]
-        quantize_tokens[_tiles(n, features)](
-            group,
-            numbers[largest],
-            numbers[scale],
-            quantized,
-            transposed,
-            n,
-            features,
-            first,
-            total,
-            ROWS=_TILE[0],
-            COLUMNS=_TILE[1],
-            num_warps=8,
-        )
-        first += n
+    n, features = tokens.shape
+    quantized = torch.empty(n, features, dtype=FLOAT8, device=tokens.device)
+    transposed = torch.empty(features, n, dtype=FLOAT8, device=tokens.device)
+    find_largest[(-(-tokens.numel() // _LARGEST_BLOCK),)](
+        tokens, numbers[largest], tokens.numel(), BLOCK=_LARGEST_BLOCK
+    )
+    quantize_tokens[_tiles(n, features)](
+        tokens,
+        numbers[largest],
+        numbers[scale],
+        quantized,
+        transposed.view(torch.int32),
+        n,
+        features,
+        ROWS=_TILE[0],
+        COLUMNS=_TILE[1],
+        num_warps=_TILE_WARPS,
+    )
     return quantized, transposed
 
 
@@ -379,27 +390,17 @@ def _tiles(rows: int, columns: int) -> tuple[int, int]:
 
 
 def _layout(
-    rows: int,
-    projections: int,
-    n: int,
-    norm_activation: Any,
-    tau: float,
-    gelu_approximate: str,
-    norm_eps: float,
-    *,
-    together: bool = False,
+    projections: int, n: int, norm_activation: Any, tau: float, gelu_approximate: str, norm_eps: float
 ) -> tuple[dict[str, int], tuple[float, ...], dict[str, Any]]:
-    """Sizes of a program, arguments and options of a pass over the scores."""
+    """Sizes of a program, which takes the scores of so many projections, arguments and options of a pass over them."""
     from tokenformer.ops.pattention_rows import launch_of
 
     launch = launch_of(n, 16)
     assert launch is not None
-    rows_of_program, warps = launch.rows, launch.warps
-    if together:
-        rows_of_program = 1 << (projections - 1).bit_length()
-        warps = min(16, max(launch.warps, rows_of_program * n // 512, 1))
-        warps = 1 << (warps - 1).bit_length()
-    sizes = {"ROWS": rows_of_program, "PIECE": launch.piece, "PIECES": launch.pieces, "num_warps": warps}
+    warps, rows = launch.warps, launch.rows
+    while projections > 1 and warps < 16 and 32 * warps * _MOST_EACH < projections * n:
+        warps, rows = 2 * warps, max(1, rows // 2)
+    sizes = {"ROWS": rows, "PIECE": launch.piece, "PIECES": launch.pieces, "num_warps": warps}
     numbers = (n, tau**0.5, tau, norm_eps)
     options = {
         "KIND": NORM_ACTIVATIONS.index(norm_activation),

@@ -27,9 +27,10 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 @triton.jit
 def _scale_of(largest):
-    """For numbers of at most this absolute value."""
-    exponent = tl.ceil(tl.log2(tl.maximum(largest, 1e-30) * (1 / 448)))
-    return tl.where(largest == 0, 1.0, tl.exp2(exponent))
+    """For numbers of at most this absolute value: a 448th of it, rounded up to a power of two in its bits."""
+    bits = (tl.maximum(largest, 1e-30) * (1 / 448)).to(tl.int32, bitcast=True)
+    power = ((bits + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
+    return tl.where(largest == 0, 1.0, power)
 
 
 @triton.jit
@@ -61,20 +62,32 @@ def quantize_rows(x, quantized, scales, largest_scale, features, BLOCK: tl.const
 
 
 @triton.jit
+def _byte(value, place: tl.constexpr):
+    """A float8 as one of the four bytes of an integer. Four rows are transposed as one, in words."""
+    return value.to(tl.uint8, bitcast=True).to(tl.int32) << (8 * place)
+
+
+@triton.jit
 def transpose_rows(
     quantized, scales, largest_scale, transposed, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """[rows, columns] with a scale for each row to [columns, rows] with the largest for all."""
+    """[p, rows, columns] with a scale for each row to [p, columns, rows / 4] words of four float8, with the largest
+    scale for all; rows are a multiple of 4."""
+    matrix = tl.program_id(2).to(tl.int64)
     first_row, first_column = tl.program_id(0).to(tl.int64) * ROWS, tl.program_id(1).to(tl.int64) * COLUMNS
-    row, column = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
-    here = first_row + row < rows
+    word, column = tl.arange(0, ROWS // 4), tl.arange(0, COLUMNS)
+    here = first_row + 4 * word < rows
     inside = here[:, None] & (first_column + column < columns)[None, :]
-    source = quantized + first_row * columns + first_column
-    value = tl.load(source + (row[:, None] * columns + column[None, :]), mask=inside, other=0.0)
-    factor = tl.load(scales + first_row + row, mask=here, other=1.0) / tl.load(largest_scale)
-    result = _rounded(value.to(tl.float32) * factor[:, None], transposed.dtype.element_ty)
-    target = transposed + first_column * rows + first_row
-    tl.store(target + (column[:, None] * rows + row[None, :]), tl.trans(result), mask=tl.trans(inside))
+    source = quantized + (matrix * rows + first_row) * columns + first_column
+    inverse = 1 / tl.load(largest_scale)
+    words = tl.zeros((ROWS // 4, COLUMNS), tl.int32)
+    for i in tl.static_range(4):
+        row = 4 * word + i
+        value = tl.load(source + (row[:, None] * columns + column[None, :]), mask=inside, other=0.0)
+        factor = tl.load(scales + matrix * rows + first_row + row, mask=here, other=1.0) * inverse
+        words |= _byte(_rounded(value.to(tl.float32) * factor[:, None], quantized.dtype.element_ty), i)
+    target = transposed + (matrix * columns + first_column) * (rows // 4) + first_row // 4
+    tl.store(target + (column[:, None] * (rows // 4) + word[None, :]), tl.trans(words), mask=tl.trans(inside))
 
 
 @triton.jit
@@ -94,23 +107,24 @@ def quantize_tokens(
     transposed,
     n,
     features,
-    first,
-    total,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """A group of n tokens to the rows from ``first`` on of [total, features], and of its transpose."""
+    """[n, features] in float8, and transposed in words as by :func:`transpose_rows`; n is a multiple of 4."""
     first_row, first_column = tl.program_id(0).to(tl.int64) * ROWS, tl.program_id(1).to(tl.int64) * COLUMNS
-    row, column = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
-    inside = (first_row + row < n)[:, None] & (first_column + column < features)[None, :]
+    word, column = tl.arange(0, ROWS // 4), tl.arange(0, COLUMNS)
+    inside = (first_row + 4 * word < n)[:, None] & (first_column + column < features)[None, :]
     scale = _scale_of(tl.load(largest))
-    offsets = row[:, None] * features + column[None, :]
-    value = tl.load(tokens + first_row * features + first_column + offsets, mask=inside, other=0.0)
-    result = _rounded(value.to(tl.float32) * (1 / scale), quantized.dtype.element_ty)
-    first_row += first
-    tl.store(quantized + first_row * features + first_column + offsets, result, mask=inside)
-    target = transposed + first_column * total + first_row
-    tl.store(target + (column[:, None] * total + row[None, :]), tl.trans(result), mask=tl.trans(inside))
+    start = first_row * features + first_column
+    words = tl.zeros((ROWS // 4, COLUMNS), tl.int32)
+    for i in tl.static_range(4):
+        offsets = (4 * word + i)[:, None] * features + column[None, :]
+        value = tl.load(tokens + start + offsets, mask=inside, other=0.0).to(tl.float32)
+        result = _rounded(value * (1 / scale), quantized.dtype.element_ty)
+        tl.store(quantized + start + offsets, result, mask=inside)
+        words |= _byte(result, i)
+    target = transposed + first_column * (n // 4) + first_row // 4
+    tl.store(target + (column[:, None] * (n // 4) + word[None, :]), tl.trans(words), mask=tl.trans(inside))
     tl.store(scale_of_all, scale)
 
 
@@ -123,7 +137,6 @@ def forward_to_float8(
     largest_scale,
     statistics,
     rows,
-    projections,
     n,
     root,
     tau,
@@ -136,18 +149,19 @@ def forward_to_float8(
     PIECE: tl.constexpr,
     PIECES: tl.constexpr,
 ):
-    """Weights [p, rows / p, n] of ``scores`` [rows, n], in which p rows come of each input row and are in its scale."""
+    """Weights [p, rows, n] of ``scores`` [rows, p, n], which are in the scales of the input rows, and ``statistics``
+    [rows, p, 2]; the grid is (programs, p)."""
+    projection, projections = tl.program_id(1), tl.num_programs(1)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     there = row < rows
-    input_row = row // projections
-    place = (row % projections) * (rows // projections) + input_row
-    input_scale = tl.load(input_scales + input_row, mask=there, other=1.0)
+    source, place = row * projections + projection, row + projection.to(tl.int64) * rows
+    input_scale = tl.load(input_scales + row, mask=there, other=1.0)
     missing: tl.constexpr = float("-inf") if KIND == SOFTMAX else 0.0
     parts = ()
     for i in tl.static_range(PIECES):
         column = i * PIECE + tl.arange(0, PIECE)[None, :]
         inside = there if EVEN else there & (column < n)
-        score = tl.load(scores + row * n + column, mask=inside, other=missing).to(tl.float32) * input_scale
+        score = tl.load(scores + source * n + column, mask=inside, other=missing).to(tl.float32) * input_scale
         parts = parts + (before_statistics(score, KIND, TANH, EXACT),)  # noqa: RUF005
     first = tl.full((ROWS, 1), 1.0, tl.float32)
     second = first
@@ -172,8 +186,8 @@ def forward_to_float8(
     tl.store(weight_scales + place, scale, mask=there)
     _raise_to(largest_scale, tl.max(tl.where(there, scale, 0.0)))
     if KIND != GELU:
-        tl.store(statistics + row * 2, first, mask=there)
-        tl.store(statistics + row * 2 + 1, second, mask=there)
+        tl.store(statistics + source * 2, first, mask=there)
+        tl.store(statistics + source * 2 + 1, second, mask=there)
 
 
 @triton.jit
@@ -187,7 +201,6 @@ def backward_to_float8(
     largest_scale,
     statistics,
     rows,
-    projections,
     n,
     root,
     tau,
@@ -199,55 +212,50 @@ def backward_to_float8(
     ROWS: tl.constexpr,
     PIECE: tl.constexpr,
     PIECES: tl.constexpr,
-    TOGETHER: tl.constexpr,
+    PROJECTIONS: tl.constexpr,
 ):
-    """Gradient of ``scores`` [rows, n] from that of the weights [p, rows / p, n], whose rows are in ``grad_scales``
-    [p, rows / p]; the p rows of an input row share their scale. ``TOGETHER`` (p > 1): a program takes these."""
-    local = tl.arange(0, ROWS)[:, None]
-    if TOGETHER:
-        row = tl.program_id(0).to(tl.int64) * projections + local
-        there = local < projections
-    else:
-        row = tl.program_id(0).to(tl.int64) * ROWS + local
-        there = row < rows
-    input_row = row // projections
-    place = (row % projections) * (rows // projections) + input_row
-    input_scale = tl.load(input_scales + input_row, mask=there, other=1.0)
-    grad_scale = tl.load(grad_scales + place, mask=there, other=0.0)
-    first = tl.full((ROWS, 1), 1.0, tl.float32)
-    second = first
-    if KIND != GELU:
-        first = tl.load(statistics + row * 2, mask=there, other=1.0)
-        second = tl.load(statistics + row * 2 + 1, mask=there, other=1.0)
-    factor = row_factor(first, second, root, tau, eps, KIND)
+    """Gradient of ``scores`` [rows, p, n] from that of the weights [p, rows, n], whose rows are in ``grad_scales``
+    [p, rows]; the p rows of an input row share their scale."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    there = row < rows
+    input_scale = tl.load(input_scales + row, mask=there, other=1.0)
     missing: tl.constexpr = float("-inf") if KIND == SOFTMAX else 0.0
-    along = tl.zeros((ROWS, PIECE), tl.float32)
-    kept = ()
-    for i in tl.static_range(PIECES):
-        column = i * PIECE + tl.arange(0, PIECE)[None, :]
-        inside = there if EVEN else there & (column < n)
-        score = tl.load(scores + row * n + column, mask=inside, other=missing).to(tl.float32) * input_scale
-        grad = tl.load(weight_grads + place * n + column, mask=inside, other=0.0).to(tl.float32) * grad_scale
-        _, y, grad, slope = backward_terms(score, grad, first, factor, KIND, TANH, EXACT)
-        along += y * grad
-        kept = kept + ((y, grad, slope),)  # noqa: RUF005
-    total = tl.sum(along, axis=1, keep_dims=True)
     found = ()
     largest = tl.zeros((ROWS, PIECE), tl.float32)
-    for i in tl.static_range(PIECES):
-        y, grad, slope = kept[i]
-        grad = score_gradient(y, grad, slope, total, first, second, factor, root, tau, KIND)
-        largest = tl.maximum(largest, tl.where(there, tl.abs(grad), 0.0))
-        found = found + (grad,)  # noqa: RUF005
-    of_row = tl.max(largest, axis=1, keep_dims=True)
-    if TOGETHER:
-        of_row = tl.max(of_row, axis=0, keep_dims=True) + tl.zeros((ROWS, 1), tl.float32)
-    scale = _scale_of(of_row)
+    for p in tl.static_range(PROJECTIONS):
+        source, place = row * PROJECTIONS + p, row + p * rows.to(tl.int64)
+        grad_scale = tl.load(grad_scales + place, mask=there, other=0.0)
+        first = tl.full((ROWS, 1), 1.0, tl.float32)
+        second = first
+        if KIND != GELU:
+            first = tl.load(statistics + source * 2, mask=there, other=1.0)
+            second = tl.load(statistics + source * 2 + 1, mask=there, other=1.0)
+        factor = row_factor(first, second, root, tau, eps, KIND)
+        along = tl.zeros((ROWS, PIECE), tl.float32)
+        kept = ()
+        for i in tl.static_range(PIECES):
+            column = i * PIECE + tl.arange(0, PIECE)[None, :]
+            inside = there if EVEN else there & (column < n)
+            score = tl.load(scores + source * n + column, mask=inside, other=missing).to(tl.float32)
+            grad = tl.load(weight_grads + place * n + column, mask=inside, other=0.0).to(tl.float32)
+            _, y, grad, slope = backward_terms(
+                score * input_scale, grad * grad_scale, first, factor, KIND, TANH, EXACT
+            )
+            along += y * grad
+            kept = kept + ((y, grad, slope),)  # noqa: RUF005
+        total = tl.sum(along, axis=1, keep_dims=True)
+        for i in tl.static_range(PIECES):
+            y, grad, slope = kept[i]
+            grad = score_gradient(y, grad, slope, total, first, second, factor, root, tau, KIND)
+            largest = tl.maximum(largest, tl.where(there, tl.abs(grad), 0.0))
+            found = found + (grad,)  # noqa: RUF005
+    scale = _scale_of(tl.max(largest, axis=1, keep_dims=True))
     inverse = 1 / scale
-    for i in tl.static_range(PIECES):
-        column = i * PIECE + tl.arange(0, PIECE)[None, :]
-        inside = there if EVEN else there & (column < n)
-        result = _rounded(found[i] * inverse, score_grads.dtype.element_ty)
-        tl.store(score_grads + row * n + column, result, mask=inside)
-    tl.store(score_grad_scales + input_row, scale, mask=there)
+    for p in tl.static_range(PROJECTIONS):
+        for i in tl.static_range(PIECES):
+            column = i * PIECE + tl.arange(0, PIECE)[None, :]
+            inside = there if EVEN else there & (column < n)
+            result = _rounded(found[p * PIECES + i] * inverse, score_grads.dtype.element_ty)
+            tl.store(score_grads + (row * PROJECTIONS + p) * n + column, result, mask=inside)
+    tl.store(score_grad_scales + row, scale, mask=there)
     _raise_to(largest_scale, tl.max(tl.where(there, scale, 0.0)))
