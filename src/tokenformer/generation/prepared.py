@@ -13,8 +13,8 @@ from torch import Tensor
 
 from tokenformer.generation.config import SamplingConfig
 from tokenformer.generation.fused import FusedStep, serves
-from tokenformer.generation.streamed import StreamedStep, serves_streamed
 from tokenformer.generation.static import STEPS_AT_ONCE, StaticDecoder, Step
+from tokenformer.generation.streamed import StreamedStep, serves_streamed
 from tokenformer.models.base import LanguageModel
 
 _LENGTH_STEP = 256  # lengths are rounded up, so that calls that differ a little share a decoder
@@ -64,9 +64,7 @@ def _prepare(
     if static is None:
         return None
     device = next(model.parameters()).device
-    return StaticDecoder(
-        static, make_step(model, static), sampling, vocab_size, length=length, device=device
-    )
+    return StaticDecoder(static, make_step(model, static), sampling, vocab_size, length=length, device=device)
 
 
 def make_step(model: LanguageModel, static: Any, path: StepPath = "fused") -> Step:

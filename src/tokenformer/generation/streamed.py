@@ -20,7 +20,7 @@ from tokenformer.models.base import LanguageModel
 from tokenformer.models.decoder import Decoder
 
 if TYPE_CHECKING:
-    from tokenformer.ops.decode_layers import Shape, Tau
+    from tokenformer.ops.decode_layers import Cache, Shape, Tau
     from tokenformer.ops.pattention import WeightKind
 
 _MOST_SPLITS = 8
@@ -51,68 +51,60 @@ class StreamedStep:
 
     def __init__(self, model: LanguageModel, state: StaticDecoderState, *, meet: bool | None = None) -> None:
         from tokenformer.ops.decode import KEYS_A_BLOCK, Launch, Normed
-        from tokenformer.ops.decode_layers import Space, programs_on
+        from tokenformer.ops.decode_layers import Layers, Space, programs_on
 
         assert isinstance(model, Decoder)
         device = state.keys.device
         self._meet = device.type == "cuda" if meet is None else meet
-        self._shape = _shape(model)
-        self._kind, self._tau, self._eps = _form(model.blocks[0])
-        self._programs = programs_on(device)
-        self._stream = self._stored(model)
-        self._space = Space(self._shape, min(_MOST_SPLITS, -(-state.capacity // KEYS_A_BLOCK)), device)
-        self._x = self._space.residual(self._shape.hidden)
-        config = model.config
+        config, shape, programs = model.config, _shape(model), programs_on(device)
+        space = Space(shape, min(_MOST_SPLITS, -(-state.capacity // KEYS_A_BLOCK)), device)
+        angles = angle_table(state.capacity, config.rotary_dim, config.rope_theta, device)
+        stream = _stored(model, shape, programs)
+        self.layers = Layers(stream, space, angles, shape, *_form(model.blocks[0]), programs)
+        self._x = space.residual(shape.hidden)
         self._table = model.embedding.weight.detach()
         self._norm = Normed(model.norm.eps, model.norm.weight.detach(), model.norm.bias.detach())
         self._head = head_matrix(model.head)
         self._logit_scale = float(model.head.logit_scale)  # type: ignore[arg-type]
         self._logits = torch.empty(1, 1, config.vocab_size, dtype=torch.float32, device=device)
-        self._angles = angle_table(state.capacity, config.rotary_dim, config.rope_theta, device)
         hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
         self._launch = Launch(hopper=hopper and torch.version.cuda is not None)
 
     def __call__(self, tokens: Tensor, state: StaticDecoderState) -> Tensor:
         """``tokens`` [1, 1] to logits [1, v] float32, in memory that the next call overwrites."""
         from tokenformer.ops.decode import look_up, multiply
-        from tokenformer.ops.decode_layers import Cache, run_layers
 
-        look_up(tokens, self._table, self._x, zeroed=self._space.counters, launch=self._launch)
-        run_layers(
-            self._stream,
-            self._space,
-            Cache(state.keys, state.values, state.length, state.starts, state.positions),
-            self._angles,
-            self._shape,
-            self._kind,
-            self._tau,
-            self._eps,
-            programs=self._programs,
-            meet=self._meet,
-        )
-        multiply(
-            self._x, self._norm, self._head, self._logits, alpha=self._logit_scale, launch=self._launch
-        )
+        counters = self.layers.space.counters
+        look_up(tokens.contiguous(), self._table, self._x, zeroed=counters, launch=self._launch)
+        self.layers.run(cache_of(state), meet=self._meet)
+        multiply(self._x, self._norm, self._head, self._logits, alpha=self._logit_scale, launch=self._launch)
         state.advance()
         return self._logits[:, 0]
 
-    def _stored(self, model: Decoder) -> Tensor:
-        from tokenformer.ops.decode_layers import ROWS, values_order
 
-        weight = model.blocks[0].attention.query.key_tokens[0]  # type: ignore[union-attr, index]
-        assert isinstance(weight, Tensor)
-        chunks = sum(self._shape.phases()) * len(model.blocks)
-        size = ROWS * self._shape.hidden
-        store = WeightStore([chunks * size], weight.dtype, weight.device)
-        order = values_order(self._shape.phases()[1], self._programs).to(weight.device)
-        for block in model.blocks:
-            layer = fused_layer(block)
-            qkv_keys, qkv_values = (product.matrix.weight for product in layer.qkv)
-            store.add(qkv_keys)
-            store.add(qkv_values.reshape(-1, size)[order])
-            for product in (*layer.proj, *layer.ffn):
-                store.add(product.matrix.weight)
-        return store.memory
+def cache_of(state: StaticDecoderState) -> Cache:
+    """The state as the kernel takes it."""
+    from tokenformer.ops.decode_layers import Cache
+
+    return Cache(state.keys, state.values, state.length, state.starts, state.positions)
+
+
+def _stored(model: Decoder, shape: Shape, programs: int) -> Tensor:
+    """The weights in the order of use."""
+    from tokenformer.ops.decode_layers import ROWS, values_order
+
+    phases, size = shape.phases(), ROWS * shape.hidden
+    weight = model.embedding.weight
+    store = WeightStore([sum(phases) * len(model.blocks) * size], weight.dtype, weight.device)
+    order = values_order(phases[1], programs).to(weight.device)
+    for block in model.blocks:
+        layer = fused_layer(block)
+        qkv_keys, qkv_values = (product.matrix.weight for product in layer.qkv)
+        store.add(qkv_keys)
+        store.add(qkv_values.reshape(-1, size)[order])
+        for product in (*layer.proj, *layer.ffn):
+            store.add(product.matrix.weight)
+    return store.memory
 
 
 def _layers(block: Block) -> tuple[torch.nn.Module, ...]:

@@ -49,7 +49,7 @@ class Tau(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """``keys`` and ``values`` [L, 1, h, T, e], and where in them a token is; see :func:`ops.decode.attention`."""
+    """``keys`` and ``values`` [L, 1, h, T, e], and where in them a token is, as for :func:`ops.decode.attention`."""
 
     keys: Tensor
     values: Tensor
@@ -94,53 +94,54 @@ class Space:
         return self.memory[:hidden].view(1, 1, hidden)
 
 
-def run_layers(
-    stream: Tensor,
-    space: Space,
-    cache: Cache,
-    angles: tuple[Tensor, Tensor],
-    shape: Shape,
-    kind: WeightKind,
-    tau: Tau,
-    layer_norm_eps: float,
-    *,
-    programs: int,
-    meet: bool,
-    stages: int | None = None,
-    piece: int | None = None,
-) -> None:
-    """The residual stream in ``space`` through all layers; the token's keys and values into the cache.
+class Layers(NamedTuple):
+    """The layers of one token in one kernel.
 
-    Args:
-        stream: the layers' weights in the order of :func:`decode_layers_triton.layers`.
-        space: vectors; its counters are zero.
-        cache: of one sequence.
-        angles: cosine and sine [T, r] float32.
-        shape: of the layers.
-        kind: of the weights, but for tau.
-        tau: of each role.
-        layer_norm_eps: of the norms, which have no parameters.
-        programs: of the launch, a multiple of 3; :func:`values_order` has had the same.
-        meet: all in one launch, on a GPU. Otherwise a launch for each phase.
-        stages: chunks on the way, for measurements.
-        piece: columns of a piece, for measurements.
+    ``stream``: their weights in the order of :func:`decode_layers_triton.layers`; ``angles``: cosine and sine [T, r]
+    float32; ``kind``: of the weights, but for tau; ``layer_norm_eps``: of the norms, which have no parameters;
+    ``programs``: of a launch, a multiple of 3, the same as for :func:`values_order`. ``stages``, chunks on the way,
+    and ``piece``, columns taken at once, are for measurements.
     """
-    d, head_size = shape.hidden, shape.hidden // shape.heads
-    phases = shape.phases()
-    count = cache.keys.shape[0] * sum(phases)
-    piece = piece or min(d & -d, _LARGEST_PIECE)
-    chunk_bytes = ROWS * d * stream.element_size()
-    stages = stages or max(2, min(_MOST_STAGES, _SHARED_MEMORY // chunk_bytes + 1))
 
-    def launch(begin: int, end: int, part: int) -> None:
+    stream: Tensor
+    space: Space
+    angles: tuple[Tensor, Tensor]
+    shape: Shape
+    kind: WeightKind
+    tau: Tau
+    layer_norm_eps: float
+    programs: int
+    stages: int | None = None
+    piece: int | None = None
+
+    def run(self, cache: Cache, *, meet: bool) -> None:
+        """The residual stream in ``space``, whose counters are zero, through all layers; the token's keys and values
+        into the cache. ``meet``: all in one launch, on a GPU; otherwise a launch for each phase."""
+        phases, layers = self.shape.phases(), cache.keys.shape[0]
+        if meet:
+            self.launch(cache, 0, layers * sum(phases), WHOLE.value, meet=True)
+            return
+        begin = 0
+        for number in range(6 * layers):
+            end = begin + phases[number % 6]
+            if number % 6 == 2:
+                self.launch(cache, begin, end, ATTENTION.value, meet=False)
+            self.launch(cache, begin, end, PRODUCTS.value, meet=False)
+            begin = end
+
+    def launch(self, cache: Cache, begin: int, end: int, part: int, *, meet: bool) -> None:
+        """Chunks ``begin`` to ``end``."""
+        d, head_size = self.shape.hidden, self.shape.hidden // self.shape.heads
+        piece = self.piece or min(d & -d, _LARGEST_PIECE)
+        chunk_bytes = ROWS * d * self.stream.element_size()
         options: dict[str, Any] = {"launch_cooperative_grid": True} if meet else {}
-        layers[(programs,)](
-            stream,
-            space.memory,
-            space.counters,
+        layers[(self.programs,)](
+            self.stream,
+            self.space.memory,
+            self.space.counters,
             cache.keys,
             cache.values,
-            *angles,
+            *self.angles,
             cache.lengths,
             cache.starts,
             cache.positions,
@@ -148,39 +149,28 @@ def run_layers(
             end,
             cache.keys.shape[3],
             d,
-            shape.qkv,
-            shape.proj,
-            shape.ffn,
+            self.shape.qkv,
+            self.shape.proj,
+            self.shape.ffn,
             head_size,
             head_size**-0.5,
-            layer_norm_eps,
-            *tau,
-            kind.norm_eps,
-            KIND=NORM_ACTIVATIONS.index(kind.norm_activation),
-            TANH=kind.gelu_approximate == "tanh",
-            EXACT=stream.dtype == torch.float32,
-            SPLITS=space.splits,
-            ROTARY=angles[0].shape[-1],
+            self.layer_norm_eps,
+            *self.tau,
+            self.kind.norm_eps,
+            KIND=NORM_ACTIVATIONS.index(self.kind.norm_activation),
+            TANH=self.kind.gelu_approximate == "tanh",
+            EXACT=self.stream.dtype == torch.float32,
+            SPLITS=self.space.splits,
+            ROTARY=self.angles[0].shape[-1],
             FEATURES=max(16, 1 << (head_size - 1).bit_length()),
             BLOCK=KEYS_A_BLOCK,
             ROWS=ROWS,
             PIECE=piece,
             PIECES=d // piece,
-            STAGES=stages,
-            TURNS=-(-end // programs) - begin // programs,
+            STAGES=self.stages or max(2, min(_MOST_STAGES, _SHARED_MEMORY // chunk_bytes + 1)),
+            TURNS=-(-end // self.programs) - begin // self.programs,
             PART=part,
             MEET=meet,
             num_warps=_WARPS,
             **options,
         )
-
-    if meet:
-        launch(0, count, WHOLE.value)
-        return
-    begin = 0
-    for number in range(6 * cache.keys.shape[0]):
-        end = begin + phases[number % 6]
-        if number % 6 == 2:
-            launch(begin, end, ATTENTION.value)
-        launch(begin, end, PRODUCTS.value)
-        begin = end

@@ -1,4 +1,4 @@
-"""All layers of one token in a single Triton kernel, for one sequence, through which the weights stream without a pause.
+"""All layers of one token in a single Triton kernel, for one sequence, through which the weights stream evenly.
 
 One program runs on each multiprocessor. The weights are cut into chunks of ROWS x d numbers in the order of use, and
 chunk g belongs to program g modulo their number: so each program reads a stream of its own that does not depend on
@@ -216,8 +216,8 @@ def layers(
     parts of attention done. The caches are [L, h, T, e]; the rest is as for
     :func:`~tokenformer.ops.decode_triton.attend`.
 
-    TURNS: chunks of a program. MEET: programs wait for each other. Without it one launch takes chunks of one phase, and attention (PART) is one
-    of its own.
+    TURNS: chunks of a program. MEET: programs wait for each other. Without it one launch takes chunks of one phase, and
+    attention (PART) is one of its own.
     """
     program, programs = tl.program_id(0), tl.num_programs(0)
     heads = d // head_size
@@ -326,7 +326,13 @@ def layers(
                 parts = ()
                 for j in tl.static_range(PIECES):
                     part = _joined_attention(
-                        space + attended, space + statistics, 0, j * PIECE + column[None, :], d, head_size, SPLITS
+                        space + attended,
+                        space + statistics,
+                        0,
+                        j * PIECE + column[None, :],
+                        d,
+                        head_size,
+                        SPLITS,
                     )
                     parts = parts + (part,)  # noqa: RUF005
                 vector = _spread(parts, ROWS, PIECE, PIECES)
@@ -361,10 +367,10 @@ def layers(
             if pieces > 1:
                 same = row[None, :] // pieces == row[:, None]
                 total = tl.sum(tl.where(same, total[None, :], 0.0), axis=1)
-            if KIND == GELU or KIND == GELU_L2_NORM:
+            if KIND == GELU or KIND == GELU_L2_NORM:  # noqa: SIM102, SIM109 (Triton knows the first at once only)
                 if is_keys:
                     total = before_statistics(total, GELU_L2_NORM, TANH, EXACT)
             tl.store(place, total + before, mask=there)
-            if MEET:
+            if MEET:  # noqa: SIM102
                 if is_there & (number + programs >= stop - start):
                     _count(counters, number // programs + 1)

@@ -434,11 +434,11 @@ def attend(
 
 
 @triton.jit
-def embed(
-    tokens, table, out, zeroed, hidden, BLOCK: tl.constexpr, ZERO: tl.constexpr, HOPPER: tl.constexpr
-):
-    """Rows ``tokens`` [b] of ``table`` [v, d] as float32 [b, d], and ``zeroed`` [2] to zero where ZERO. The first kernel
-    of a token: those after it may rely on all that came before being done."""
+def embed(tokens, table, out, zeroed, hidden, BLOCK: tl.constexpr, ZERO: tl.constexpr, HOPPER: tl.constexpr):
+    """Rows ``tokens`` [b] of ``table`` [v, d] as float32 [b, d]; ZERO: ``zeroed`` [2] becomes zero.
+
+    The first kernel of a token: those after it may rely on all that came before being done.
+    """
     if HOPPER:
         gdc_wait()
         gdc_launch_dependents()
