@@ -134,6 +134,7 @@ class Layers(NamedTuple):
         d, head_size = self.shape.hidden, self.shape.hidden // self.shape.heads
         piece = self.piece or min(d & -d, _LARGEST_PIECE)
         chunk_bytes = ROWS * d * self.stream.element_size()
+        turns = -(-end // self.programs) - begin // self.programs
         options: dict[str, Any] = {"launch_cooperative_grid": True} if meet else {}
         layers[(self.programs,)](
             self.stream,
@@ -147,11 +148,10 @@ class Layers(NamedTuple):
             cache.positions,
             begin,
             end,
+            turns,
             cache.keys.shape[3],
             d,
-            self.shape.qkv,
-            self.shape.proj,
-            self.shape.ffn,
+            *((n // d).bit_length() - 1 for n in (self.shape.qkv, self.shape.proj, self.shape.ffn)),
             head_size,
             head_size**-0.5,
             self.layer_norm_eps,
@@ -168,7 +168,7 @@ class Layers(NamedTuple):
             PIECE=piece,
             PIECES=d // piece,
             STAGES=self.stages or max(2, min(_MOST_STAGES, _SHARED_MEMORY // chunk_bytes + 1)),
-            TURNS=-(-end // self.programs) - begin // self.programs,
+            TURNS=None if self.stream.is_cuda else turns,
             PART=part,
             MEET=meet,
             num_warps=_WARPS,

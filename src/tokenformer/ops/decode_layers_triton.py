@@ -165,7 +165,7 @@ def _spread(parts, ROWS: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr
     return wide
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["begin", "end", "turns"])
 def layers(
     stream,
     space,
@@ -179,11 +179,12 @@ def layers(
     positions,
     begin,
     end,
+    turns,
     capacity,
     d,
-    n_qkv,
-    n_proj,
-    n_ffn,
+    more_qkv,
+    more_proj,
+    more_ffn,
     head_size,
     scale,
     layer_norm_eps,
@@ -210,17 +211,19 @@ def layers(
 
     ``stream`` [chunks, ROWS, d]: of each layer the keys [3, n, d] and values [3, d, n] of the projections (these in the
     order of :func:`~tokenformer.ops.decode_layers.values_order`), keys [n, d] and values [d, n] of attention's output
-    and of the feed-forward layer. Every n is d times a power of two up to ROWS; d is PIECE times PIECES. ``space``,
+    and of the feed-forward layer. Every n is d times two to the power of
+    ``more``, up to ROWS; d is PIECE times PIECES. ``space``,
     float32, holds one after another: the residual stream [d], queries, keys and values [3, d], the scores of the three
     Pattentions, attention's parts [s, h, e] and their statistics [s, h]. ``counters`` [2] int32, zero: chunks done,
     parts of attention done. The caches are [L, h, T, e]; the rest is as for
     :func:`~tokenformer.ops.decode_triton.attend`.
 
-    TURNS: chunks of a program. MEET: programs wait for each other. Without it one launch takes chunks of one phase, and
-    attention (PART) is one of its own.
+    ``turns``: chunks of a program (TURNS in the interpreter, which takes no other bounds of a range). MEET: programs
+    wait for each other. Without it a launch takes chunks of one phase, and attention (PART) is one of its own.
     """
     program, programs = tl.program_id(0), tl.num_programs(0)
     heads = d // head_size
+    n_qkv, n_proj, n_ffn = d << more_qkv, d << more_proj, d << more_ffn
     first = 3 * n_qkv // ROWS  # chunks of a layer up to the end of each phase
     second = first + 3 * n_qkv // ROWS
     third = second + n_proj // ROWS
@@ -233,50 +236,58 @@ def layers(
     ffn_scores = proj_scores + n_proj
     attended = ffn_scores + n_ffn
     statistics = attended + SPLITS * d
+    # a third of the programs has one projection's values, and of the chunks left after full turns
+    share = programs // 3
+    full = (second - first) // programs
+    left = first // 3 - full * share
     row, column = tl.arange(0, ROWS), tl.arange(0, PIECE)
     offsets = row[:, None] * d + column[None, :]
     vector = ()
     for _ in tl.static_range(PIECES):
         vector = vector + (tl.zeros((ROWS, PIECE), tl.float32),)  # noqa: RUF005
-    for turn in tl.range(0, TURNS, num_stages=STAGES):
-        chunk = (begin // programs + turn) * programs + program
+    begin_turn = begin // programs
+    layer = (begin_turn * programs + program) // chunks
+    inner = (begin_turn * programs + program) % chunks
+    turn_of_phase = 0
+    for turn in tl.range(0, turns if TURNS is None else TURNS, num_stages=STAGES):
+        chunk = (begin_turn + turn) * programs + program
         is_there = (chunk >= begin) & (chunk < end)
         base = stream + chunk.to(tl.int64) * (ROWS * PIECE * PIECES)
         tiles = ()
         for j in tl.static_range(PIECES):
             tiles = tiles + (tl.load(base + offsets + j * PIECE, mask=is_there, other=0.0),)  # noqa: RUF005
-        layer, inner = chunk // chunks, chunk % chunks
         phase = (inner >= first).to(tl.int32) + (inner >= second) + (inner >= third)
         phase += (inner >= fourth).to(tl.int32) + (inner >= fifth)
-        start, stop = inner * 0, first
-        n, tau = n_qkv, tau_qkv
+        start, stop = 0, first
+        more, tau = 0, tau_qkv  # a row of the matrix is 2 to the power of ``more`` rows of chunks
         source, target = 0, qkv_scores
         if phase == 1:
-            start, stop, source, target = first, second, qkv_scores, qkv
+            start, stop, source, target, more = first, second, qkv_scores, qkv, more_qkv
         elif phase == 2:
             start, stop, source, target = second, third, attended, proj_scores
         elif phase == 3:
-            start, stop, source, target, n, tau = third, fourth, proj_scores, 0, n_proj, tau_proj
+            start, stop, source, target, more, tau = third, fourth, proj_scores, 0, more_proj, tau_proj
         elif phase == 4:
             start, stop, target = fourth, fifth, ffn_scores
         elif phase == 5:
-            start, stop, source, target, n, tau = fifth, chunks, ffn_scores, 0, n_ffn, tau_ffn
+            start, stop, source, target, more, tau = fifth, chunks, ffn_scores, 0, more_ffn, tau_ffn
         is_keys = phase % 2 == 0
         number = inner - start  # of this chunk in its phase
-        pieces = tl.where(is_keys, 1, n // d)  # rows of the chunk that make up one of the matrix
-        rows = ROWS // pieces
+        rows = ROWS >> more
         out_row = number * rows
         is_new = number < programs
+        turn_of_phase = tl.where(is_new, 0, turn_of_phase + 1)
         if phase == 1:
-            third_of = programs // 3
-            full = (stop - start) // programs
-            left = tl.maximum((stop - start) // 3 - full * third_of, 1)
-            rank, turns = number % programs, number // programs
-            projection = tl.where(turns < full, rank // third_of, rank // left)
-            within = tl.where(turns < full, turns * third_of + rank % third_of, full * third_of + rank % left)
+            rank = number - turn_of_phase * programs
+            projection = (rank >= share).to(tl.int32) + (rank >= 2 * share)
+            within = turn_of_phase * share + rank - projection * share
+            if turn_of_phase == full:
+                last = (rank >= left).to(tl.int32) + (rank >= 2 * left)
+                is_new = is_new | (last != projection)
+                projection = last
+                within = full * share + rank - last * left
             out_row = projection * d + within * rows
-            source += projection * n
-            is_new = is_new | ((turns == full) & (rank // left != rank // third_of))
+            source += projection * n_qkv
         if is_new & is_there:
             if phase == 2:
                 if PART != 2:
@@ -339,9 +350,9 @@ def layers(
             else:
                 if MEET:
                     _wait(counters, chunk - number, space)
-                if pieces > 1:
+                if more > 0:
                     wide = ()
-                    place = space + source + (row % pieces)[:, None] * d + column[None, :]
+                    place = space + source + (row & ((1 << more) - 1))[:, None] * d + column[None, :]
                     for j in tl.static_range(PIECES):
                         wide = wide + (tl.load(place + j * PIECE),)  # noqa: RUF005
                     vector = _weights(wide, rows, tau, norm_eps, KIND, TANH, EXACT, PIECES)
@@ -364,8 +375,8 @@ def layers(
             for j in tl.static_range(1, PIECES):
                 products += tiles[j].to(tl.float32) * vector[j]
             total = tl.sum(products, axis=1)
-            if pieces > 1:
-                same = row[None, :] // pieces == row[:, None]
+            if more > 0:
+                same = row[None, :] >> more == row[:, None]
                 total = tl.sum(tl.where(same, total[None, :], 0.0), axis=1)
             if KIND == GELU or KIND == GELU_L2_NORM:  # noqa: SIM102, SIM109 (Triton knows the first at once only)
                 if is_keys:
@@ -373,4 +384,8 @@ def layers(
             tl.store(place, total + before, mask=there)
             if MEET:  # noqa: SIM102
                 if is_there & (number + programs >= stop - start):
-                    _count(counters, number // programs + 1)
+                    _count(counters, turn_of_phase + 1)
+        inner += programs % chunks
+        is_next = (inner >= chunks).to(tl.int32)
+        layer += programs // chunks + is_next
+        inner -= is_next * chunks
