@@ -255,7 +255,7 @@ def layers(
         base = stream + chunk.to(tl.int64) * (ROWS * PIECE * PIECES)
         tiles = ()
         for j in tl.static_range(PIECES):
-            tiles = tiles + (tl.load(base + offsets + j * PIECE, mask=is_there, other=0.0),)  # noqa: RUF005
+            tiles = tiles + (tl.load(base + offsets + j * PIECE, mask=is_there),)  # noqa: RUF005
         phase = (inner >= first).to(tl.int32) + (inner >= second) + (inner >= third)
         phase += (inner >= fourth).to(tl.int32) + (inner >= fifth)
         start, stop = 0, first
