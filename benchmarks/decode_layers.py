@@ -13,6 +13,7 @@ import argparse
 import json
 import statistics
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ def main() -> None:
     parser.add_argument("--model", choices=SIZES, default="1.5B")
     parser.add_argument("--stages", nargs="*", type=int, default=[8])
     parser.add_argument("--pieces", nargs="*", type=int, default=[512])
+    parser.add_argument("--warps", nargs="*", type=int, default=[8])
     parser.add_argument("--cached", type=int, default=256, help="tokens in the cache")
     parser.add_argument("--norm-activation", default="l2_norm_gelu", choices=KINDS)
     parser.add_argument("--json", type=Path, metavar="FILE")
@@ -58,20 +60,19 @@ def main() -> None:
         f"{'stages':>6} {'piece':>6} {'ms':>8} {'memory':>7} {'no waiting':>10} {'a launch each':>13} {'error':>9}"
     )
     results = []
-    for piece in arguments.pieces:
-        for stages in arguments.stages:
-            layers = step.layers._replace(stages=stages, piece=piece)
-            try:
-                result = measure(layers, cache, bandwidth)
-            except Exception as error:  # a layout that does not fit
-                print(f"{stages:6} {piece:6} {type(error).__name__}: {str(error)[:200]}", flush=True)
-                continue
-            results.append({"stages": stages, "piece": piece, **result})
-            print(
-                f"{stages:6} {piece:6} {result['seconds'] * 1e3:8.3f} {result['of_bandwidth']:7.3f} "
-                f"{result['no_waiting'] * 1e3:10.3f} {result['a_launch_each'] * 1e3:13.3f} {result['error']:9.2e}",
-                flush=True,
-            )
+    for warps, piece, stages in product(arguments.warps, arguments.pieces, arguments.stages):
+        layout = {"warps": warps, "piece": piece, "stages": stages}
+        try:
+            result = measure(step.layers._replace(**layout), cache, bandwidth)
+        except Exception as error:  # a layout that does not fit
+            print(f"{warps:5} {piece:5} {stages:6} {type(error).__name__}: {str(error)[:200]}", flush=True)
+            continue
+        results.append({**layout, **result})
+        print(
+            f"{warps:5} {piece:5} {stages:6} {result['seconds'] * 1e3:8.3f} {result['of_bandwidth']:7.3f} "
+            f"{result['no_waiting'] * 1e3:10.3f} {result['a_launch_each'] * 1e3:13.3f} {result['error']:9.2e}",
+            flush=True,
+        )
     if arguments.json:
         about = {
             "machine": torch.cuda.get_device_name(),

@@ -17,7 +17,6 @@ ROWS = 8
 _LARGEST_PIECE = 512
 _SHARED_MEMORY = 200_000  # bytes of a multiprocessor for chunks on their way
 _MOST_STAGES = 16
-_WARPS = 8
 
 
 class Shape(NamedTuple):
@@ -100,7 +99,7 @@ class Layers(NamedTuple):
     ``stream``: their weights in the order of :func:`decode_layers_triton.layers`; ``angles``: cosine and sine [T, r]
     float32; ``kind``: of the weights, but for tau; ``layer_norm_eps``: of the norms, which have no parameters;
     ``programs``: of a launch, a multiple of 3, the same as for :func:`values_order`. ``stages``, chunks on the way,
-    and ``piece``, columns taken at once, are for measurements.
+    ``piece``, columns taken at once, and ``warps`` are for measurements.
     """
 
     stream: Tensor
@@ -113,6 +112,7 @@ class Layers(NamedTuple):
     programs: int
     stages: int | None = None
     piece: int | None = None
+    warps: int = 8
 
     def run(self, cache: Cache, *, meet: bool) -> None:
         """The residual stream in ``space``, whose counters are zero, through all layers; the token's keys and values
@@ -171,6 +171,6 @@ class Layers(NamedTuple):
             TURNS=None if self.stream.is_cuda else turns,
             PART=part,
             MEET=meet,
-            num_warps=_WARPS,
+            num_warps=self.warps,
             **options,
         )
