@@ -1,51 +1,63 @@
 """Generating tokens: prompts in, one token at a time out, greedily.
 
-    python benchmarks/decode.py --models 150M 1.5B --batches 1 8 64 --json decode.json
+    python benchmarks/decode.py --models 150M 1.5B --batches 1 4 16 --json decode.json
 
-Sides, all in one run on random weights and prompts: ``ours``, what ``generate`` does by itself on the device; ``int8``,
-that with its weights in 8 bits; ``plain``, the same model by plain calls; ``transformer``, our baseline with as many
-parameters by the same engine; ``hf``, GPT-NeoX of Hugging Face with as many parameters by its ``generate``;
-``hf_static``, that with its static cache and torch.compile (CUDA graphs). Before timing, the logits of ours are
-compared with those of a plain float32 forward. A token's time is that from the first new token to the last over the
-tokens between; medians over calls, the first of which warm up. The column ``memory`` is the bytes of all weights in
-products over a token's time, in units of the measured copy bandwidth (bytes read and written).
+Sides, all in one run on random weights and prompts: ``ours``, what ``generate`` does by itself on the device;
+``streamed``, ``fused`` and ``graph``, its step by all layers in one kernel, by a kernel for each product, and by a CUDA
+graph of the model's own operations (each falls back to the next where it does not serve the batch; the column ``step``
+tells); ``int8``, ours with its weights in 8 bits; ``plain``, the same model by plain calls; ``transformer``, our
+baseline with as many parameters by the same engine; ``hf``, GPT-NeoX of Hugging Face with as many parameters by its
+``generate``; ``hf_static``, that with its static cache and torch.compile (CUDA graphs). Before timing, the logits of
+ours are compared with those of a plain float32 forward. A token's time is that from the first new token to the last
+over the tokens between; medians over calls, the first of which warm up. The column ``memory`` is the bytes of all
+weights in products over a token's time, in units of the copy bandwidth measured in the same process (bytes read and
+written). A side that fails or takes longer than its limit is reported, and the others go on; ``--isolate`` gives sides
+a process of their own, which even an error of the device does not leave.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import functools
+import gc
 import json
 import platform
+import signal
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tokenformer.generation.config import SamplingConfig
-from tokenformer.generation.engine import generate_stream
-from tokenformer.generation.feed import PlainFeed, Prefill
-from tokenformer.generation.prepared import prepared_decoder
+from decode_sides import GREEDY, Run, dtype_on, gpt_neox, hf_run, our_run, plain_run, synchronize
+from tokenformer.generation import prepared
 from tokenformer.models.base import LanguageModel
 from tokenformer.models.quantize import quantize_model
 from tokenformer.models.registry import model_class
-from train_step import SIZES, Size, count, shared_fields, tokenformer_config, transformer_config
+from tokenformer.models.tokenformer.config import TokenFormerConfig
+from train_step import SIZES, Size, count, tokenformer_config, transformer_config
 
-SIDES = ("ours", "int8", "plain", "transformer", "hf", "hf_static")
-GREEDY = SamplingConfig(temperature=0)
+SIDES = ("ours", "streamed", "fused", "graph", "int8", "plain", "transformer", "hf", "hf_static")
+PATHS: dict[str, prepared.StepPath] = {"streamed": "streamed", "fused": "fused", "graph": "model"}
+WITH_ERRORS = {"ours", "int8", "transformer", *PATHS}
+LONGEST_CHECKED_PROMPT = 256
 WARM_UP = 2
-Run = Callable[[Tensor, int], tuple[float, float]]
-"""prompts [b, t] and new tokens to seconds until the first and until the last token."""
 
 
 class Case(NamedTuple):
     """What is measured."""
 
     model: str
+    param_tokens: int
+    side: str
     batch: int
     prompt: int
     new_tokens: int
@@ -62,23 +74,28 @@ def main() -> None:
         "copy_bandwidth": copy_bandwidth(device),
     }
     print(", ".join(f"{name} {value}" for name, value in about.items()), flush=True)
-    results = []
+    print(
+        f"{'model':6} {'x':>2} {'side':12} {'batch':>5} {'prompt':>6} {'first ms':>9} {'ms/token':>9} {'tokens/s':>9} "
+        f"{'memory':>7} step"
+    )
+    results: list[dict[str, Any]] = []
     for name in arguments.models:
-        print(f"\n{name}, {arguments.new_tokens} new tokens")
-        print(
-            f"{'side':12} {'batch':>5} {'prompt':>6} {'first ms':>9} {'ms/token':>9} {'tokens/s':>9} {'memory':>7}"
-        )
         for side in arguments.sides:
+            if side in arguments.isolate:
+                results += in_own_process(name, side, arguments)
+                continue
             try:
-                for result in measure_side(name, side, arguments, device, about["copy_bandwidth"]):
-                    results.append(result)
-                    print_result(result)
+                with time_limit(arguments.limit):
+                    for result in measure_side(name, side, arguments, device, about["copy_bandwidth"]):
+                        results.append(result)
+                        print_result(result)
             except Exception as error:  # the other sides' numbers are worth having
-                if not arguments.keep_going:
-                    raise
-                print(f"{side}: {type(error).__name__}: {str(error)[:300]}", flush=True)
+                print(f"{name} {side}: {type(error).__name__}: {str(error)[:300]}", flush=True)
+                results.append({"model": name, "side": side, "error": f"{type(error).__name__}: {error}"})
     if arguments.json:
         arguments.json.write_text(json.dumps({**about, "results": results}, indent=2) + "\n")
+    if any("error" in result for result in results):
+        sys.exit(1)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -98,13 +115,14 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--profile", action="store_true", help="show where a token's time goes")
-    parser.add_argument("--keep-going", action="store_true", help="report a side that fails, and go on")
+    parser.add_argument("--param-tokens", nargs="*", type=int, default=[1], help="times as many (ours only)")
+    parser.add_argument("--seconds", type=float, default=20.0, help="no further calls of a case after these")
+    parser.add_argument("--limit", type=float, default=300.0, help="seconds that a side may take in all")
+    parser.add_argument(
+        "--isolate", nargs="*", choices=SIDES, default=[], help="sides in processes of their own"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here as well")
     return parser.parse_args()
-
-
-def dtype_on(device: torch.device) -> torch.dtype:
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def copy_bandwidth(device: torch.device) -> float:
@@ -122,52 +140,118 @@ def copy_bandwidth(device: torch.device) -> float:
     return 2 * source.nbytes / statistics.median(times[3:])
 
 
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """TimeoutError inside, after so long."""
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError(f"longer than {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def in_own_process(name: str, side: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure one side by this script again."""
+    with tempfile.TemporaryDirectory() as folder:
+        written = Path(folder) / "side.json"
+        command = [sys.executable, __file__, "--models", name, "--sides", side, "--json", str(written)]
+        for option in ("batches", "prompts", "param_tokens"):
+            command += ["--" + option.replace("_", "-"), *map(str, getattr(arguments, option))]
+        for option in ("new_tokens", "repeats", "norm_activation", "device", "seconds", "limit"):
+            command += ["--" + option.replace("_", "-"), str(getattr(arguments, option))]
+        command += ["--profile"] if arguments.profile else []
+        error = ""
+        try:
+            subprocess.run(command, timeout=arguments.limit + 60)
+        except subprocess.TimeoutExpired as stopped:
+            error = str(stopped)
+        if written.exists():
+            found: list[dict[str, Any]] = json.loads(written.read_text())["results"]
+            return found
+        return [{"model": name, "side": side, "error": error or "the process failed"}]
+
+
 def measure_side(
     name: str, side: str, arguments: argparse.Namespace, device: torch.device, bandwidth: float
 ) -> Iterator[dict[str, Any]]:
-    torch.manual_seed(0)
-    if device.type == "cuda":
-        torch.compiler.reset()
-        torch.cuda.empty_cache()
+    """Every case of a side, as it comes."""
     size = SIZES[name]
     length = max(arguments.prompts) + arguments.new_tokens
-    run, model, weights = make_side(side, size, length, arguments, device)
-    for batch in arguments.batches:
-        for prompt in arguments.prompts:
-            prompts = torch.randint(size.vocab, (batch, prompt), device=device)
-            error = {}
-            if side in ("ours", "int8", "transformer"):
-                error = logit_errors(model, prompts)
-            times = [run(prompts, arguments.new_tokens) for _ in range(WARM_UP + arguments.repeats)][WARM_UP:]
-            first = statistics.median(first for first, _ in times)
-            token = statistics.median((last - first) / (arguments.new_tokens - 1) for first, last in times)
-            yield {
-                **Case(name, batch, prompt, arguments.new_tokens)._asdict(),
-                "side": side,
-                "parameters": count(model),
-                "weight_bytes": weights,
-                "first_seconds": first,
-                "token_seconds": token,
-                "all_token_seconds": [(last - first) / (arguments.new_tokens - 1) for first, last in times],
-                "tokens_per_second": batch / token,
-                "of_bandwidth": weights / token / bandwidth,
-                **error,
-            }
-            if arguments.profile and device.type == "cuda":
-                profile(run, prompts)
+    for factor in arguments.param_tokens if side in WITH_ERRORS - {"transformer"} else [1]:
+        torch.manual_seed(0)
+        if device.type == "cuda":
+            torch.compiler.reset()
+            gc.collect()  # the side before
+            torch.cuda.empty_cache()
+        run, model, weights = make_side(side, size, length, factor, arguments, device)
+        for batch in arguments.batches:
+            for prompt in arguments.prompts:
+                case = Case(name, factor, side, batch, prompt, arguments.new_tokens)
+                with step_path(side):
+                    yield measure(case, run, model, weights, arguments, bandwidth)
+        del run, model
+
+
+@contextmanager
+def step_path(side: str) -> Iterator[None]:
+    """The step of the engine is that of the side."""
+    default = prepared.make_step
+    if side in PATHS:
+        prepared.make_step = functools.partial(default, path=PATHS[side])
+    try:
+        yield
+    finally:
+        prepared.make_step = default
+
+
+def measure(
+    case: Case, run: Run, model: Any, weights: int, arguments: argparse.Namespace, bandwidth: float
+) -> dict[str, Any]:
+    device = next(model.parameters()).device
+    prompts = torch.randint(model.config.vocab_size, (case.batch, case.prompt), device=device)
+    checked = {}
+    if case.side in WITH_ERRORS and case.prompt <= LONGEST_CHECKED_PROMPT:
+        checked = logit_errors(model, prompts)
+    times: list[tuple[float, float]] = []
+    start = time.perf_counter()
+    while len(times) < WARM_UP + arguments.repeats:
+        times.append(run(prompts, case.new_tokens))
+        if len(times) > WARM_UP and time.perf_counter() - start > arguments.seconds:
+            break
+    if arguments.profile and device.type == "cuda":
+        profile(run, prompts)
+    tokens = [(last - first) / (case.new_tokens - 1) for first, last in times[WARM_UP:]]
+    token = statistics.median(tokens)
+    return {
+        **case._asdict(),
+        "parameters": count(model),
+        "weight_bytes": weights,
+        "first_seconds": statistics.median(first for first, _ in times[WARM_UP:]),
+        "token_seconds": token,
+        "all_token_seconds": tokens,
+        "tokens_per_second": case.batch / token,
+        "of_bandwidth": weights / token / bandwidth,
+        **checked,
+    }
 
 
 def print_result(result: dict[str, Any]) -> None:
-    print(
-        f"{result['side']:12} {result['batch']:5} {result['prompt']:6} {result['first_seconds'] * 1e3:9.2f} "
-        f"{result['token_seconds'] * 1e3:9.3f} {result['tokens_per_second']:9,.0f} {result['of_bandwidth']:7.3f}"
-        + "".join(f"  {name} {result[name]:.2e}" for name in ("error", "plain_error") if name in result),
-        flush=True,
-    )
+    case = f"{result['model']:6} {result['param_tokens']:2} {result['side']:12}"
+    sizes = f"{result['batch']:5} {result['prompt']:6}"
+    times = f"{result['first_seconds'] * 1e3:9.2f} {result['token_seconds'] * 1e3:9.3f}"
+    rates = f"{result['tokens_per_second']:9,.0f} {result['of_bandwidth']:7.3f}"
+    errors = [f"{name} {result[name]:.2e}" for name in ("logit_error", "plain_error") if name in result]
+    print(case, sizes, times, rates, result.get("step", ""), *errors, flush=True)
 
 
 def make_side(
-    side: str, size: Size, length: int, arguments: argparse.Namespace, device: torch.device
+    side: str, size: Size, length: int, factor: int, arguments: argparse.Namespace, device: torch.device
 ) -> tuple[Run, Any, int]:
     """How to run it, the model, and the bytes of the weights in its products."""
     if side.startswith("hf"):
@@ -179,6 +263,10 @@ def make_side(
         if side == "transformer"
         else tokenformer_config(size, arguments.norm_activation)
     )
+    if factor > 1:
+        tokens = {"qkv_param_tokens": factor, "proj_param_tokens": factor, "ffn_param_tokens": 4 * factor}
+        counts = {name: n * size.hidden for name, n in tokens.items()}
+        config = TokenFormerConfig(**{**config.model_dump(exclude={"param_token_groups", "tau"}), **counts})
     config = config.model_copy(update={"max_position_embeddings": length})
     with torch.device(device):
         model = model_class(config.architecture)(config)
@@ -190,109 +278,24 @@ def make_side(
     return (plain_run(model) if side == "plain" else our_run(model)), model, weights
 
 
-def our_run(model: LanguageModel) -> Run:
-    def run(prompts: Tensor, new_tokens: int) -> tuple[float, float]:
-        ids = prompts.tolist()
-        synchronize(prompts.device)
-        start = time.perf_counter()
-        steps = generate_stream(model, ids, max_new_tokens=new_tokens, sampling=GREEDY)
-        next(steps)
-        first = time.perf_counter() - start
-        taken = 1 + sum(1 for _ in steps)
-        assert taken == new_tokens
-        return first, time.perf_counter() - start
-
-    return run
-
-
-def plain_run(model: LanguageModel) -> Run:
-    def run(prompts: Tensor, new_tokens: int) -> tuple[float, float]:
-        ids = prompts.tolist()
-        synchronize(prompts.device)
-        start = time.perf_counter()
-        feed = PlainFeed(model, Prefill(model, ids), GREEDY, model.config.vocab_size)
-        rows = range(len(ids))
-        for step in range(new_tokens):
-            feed.append(list(feed.choose(rows)))
-            if step == 0:
-                first = time.perf_counter() - start
-        return first, time.perf_counter() - start
-
-    return run
-
-
-def gpt_neox(size: Size, length: int, device: torch.device) -> Any:
-    """Of as many parameters as our models; see ``transformer_config`` of the training benchmark."""
-    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
-
-    config = GPTNeoXConfig(
-        **{**shared_fields(size), "max_position_embeddings": length},
-        intermediate_size=6 * size.hidden,
-        tie_word_embeddings=True,
-        use_parallel_residual=False,
-        attention_bias=False,
-    )
-    with torch.device(device):
-        model = GPTNeoXForCausalLM(config)
-    model = model.to(dtype_on(device)).eval()
-    model.generation_config.eos_token_id = None
-    model.generation_config.pad_token_id = 0
-    return model
-
-
-def hf_run(model: Any, *, is_static: bool) -> Run:
-    from transformers import StoppingCriteria, StoppingCriteriaList
-
-    class Clock(StoppingCriteria):  # type: ignore[misc]
-        """Called after every token; never stops."""
-
-        def __init__(self) -> None:
-            self.first: float | None = None
-
-        def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
-            if self.first is None:
-                synchronize(input_ids.device)
-                self.first = time.perf_counter()
-            return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-
-    options = {"cache_implementation": "static"} if is_static else {}
-
-    def run(prompts: Tensor, new_tokens: int) -> tuple[float, float]:
-        clock = Clock()
-        synchronize(prompts.device)
-        start = time.perf_counter()
-        found = model.generate(
-            prompts,
-            attention_mask=torch.ones_like(prompts),
-            do_sample=False,
-            max_new_tokens=new_tokens,
-            stopping_criteria=StoppingCriteriaList([clock]),
-            **options,
-        )
-        synchronize(prompts.device)
-        end = time.perf_counter()
-        assert found.shape[1] == prompts.shape[1] + new_tokens
-        assert clock.first is not None
-        return clock.first - start, end - start
-
-    return run
-
-
 @torch.inference_mode()
-def logit_errors(model: LanguageModel, prompts: Tensor) -> dict[str, float]:
-    """Relative errors of the logits after one decoded token: by the engine, and by a plain forward."""
+def logit_errors(model: LanguageModel, prompts: Tensor) -> dict[str, Any]:
+    """Relative errors of the logits after one decoded token, by the engine and a plain forward; the engine's step."""
     exact = copy.deepcopy(model).float()(prompts, logits_to_keep=1).logits[:, -1].double()
     plain = model(prompts, logits_to_keep=1).logits[:, -1]
     state = model(prompts[:, :-1], state=model.initial_state(len(prompts)), logits_to_keep=1).state
-    with prepared_decoder(model, state, prompts.shape[1] + 1, GREEDY, model.config.vocab_size) as decoder:
+    with prepared.prepared_decoder(
+        model, state, prompts.shape[1] + 1, GREEDY, model.config.vocab_size
+    ) as decoder:
         assert decoder is not None
         decoder.state.load(state)
         found = decoder.logits_after(prompts[:, -1:])
+        step = type(decoder.step).__name__
 
     def error(logits: Tensor) -> float:
         return float((logits.double() - exact).norm() / exact.norm())
 
-    return {"error": error(found), "plain_error": error(plain)}
+    return {"logit_error": error(found), "plain_error": error(plain), "step": step}
 
 
 def profile(run: Run, prompts: Tensor) -> None:
@@ -315,11 +318,6 @@ def profile(run: Run, prompts: Tensor) -> None:
             f"    {event.self_device_time_total / total:6.1%} {event.count:6} x {time_each:8.2f} us  {event.key[:90]}",
             flush=True,
         )
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 if __name__ == "__main__":

@@ -270,17 +270,32 @@ def test_adapters(
 
 def test_decode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     written = tmp_path / "decode.json"
-    sides = ("ours", "int8", "plain", "transformer")
+    sides = ("ours", "graph", "int8", "plain", "transformer")
     sizes = ("--models", "tiny", "--batches", 1, 2, "--prompts", 8, "--new-tokens", 4, "--repeats", 1)
-    run_script(monkeypatch, "decode.py", *sizes, "--sides", *sides, "--device", "cpu", "--json", written)
+    options = ("--param-tokens", 1, 2, "--isolate", "graph", "--device", "cpu", "--json", written)
+    run_script(monkeypatch, "decode.py", *sizes, "--sides", *sides, *options)
     results = json.loads(written.read_text())["results"]
-    assert [(result["side"], result["batch"]) for result in results] == [
-        (s, b) for s in sides for b in (1, 2)
+    assert [(result["side"], result["param_tokens"], result["batch"]) for result in results] == [
+        (s, x, b) for s in sides for x in ((1,) if s in ("plain", "transformer") else (1, 2)) for b in (1, 2)
     ]
     assert min(min(result["token_seconds"], result["of_bandwidth"]) for result in results) > 0
-    assert max(result["error"] for result in results if "error" in result) < 1e-4
+    assert max(result["logit_error"] for result in results if "logit_error" in result) < 1e-4
+    assert {result["parameters"] for result in results if result["side"] == "ours"} == {34880, 67648}
     printed = capsys.readouterr().out
-    assert all(side in printed for side in sides)
+    assert all(side in printed for side in sides if side != "graph")
+
+
+def test_decode_goes_on_without_a_side_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written = tmp_path / "decode.json"
+    sizes = ("--models", "tiny", "--prompts", 8, "--new-tokens", 4, "--repeats", 1, "--device", "cpu")
+    with pytest.raises(SystemExit):
+        run_script(
+            monkeypatch, "decode.py", *sizes, "--sides", "ours", "plain", "--limit", 1e-4, "--json", written
+        )
+    assert all("TimeoutError" in result["error"] for result in json.loads(written.read_text())["results"])
+    assert "plain: TimeoutError: longer than 0.0001 s" in capsys.readouterr().out
 
 
 def test_quantize(

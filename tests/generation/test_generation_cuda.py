@@ -121,3 +121,57 @@ def test_bfloat16_logits_are_as_near_as_those_of_plain_calls(
         return float((logits.double() - exact).norm() / exact.norm())
 
     assert error(found) < max(error(plain), 3e-3)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("path", ["streamed", "fused", "model"])
+@pytest.mark.parametrize("batch", [1, 2, 3, 4, 8, 16])
+def test_logits_of_every_step_and_batch(
+    batch: int, path: prepared.StepPath, make_tokenformer: MakeModel
+) -> None:
+    with torch.inference_mode(False):
+        sizes = {**SIZES, "num_attention_heads": 3, "hidden_size": 192}
+        tokens = {"qkv_param_tokens": 192, "proj_param_tokens": 192, "ffn_param_tokens": 768}
+        model = make_tokenformer(**sizes, **tokens, norm_activation="l2_norm_gelu").cuda().bfloat16()
+    lengths = torch.arange(batch) % 4 * 20 + 140
+    prompts = torch.randint(0, 600, (batch, 200), device="cuda")
+    documents = torch.where(torch.arange(200) < 200 - lengths[:, None], -1, 0).cuda()
+    state = model(prompts[:, :-3], documents=documents[:, :-3], state=model.initial_state(batch)).state
+    static = model.static_state(state, 256)
+    assert static is not None
+    step = prepared.make_step(model, static, path)
+    exact = copy.deepcopy(model).float()(prompts, documents=documents).logits
+    plain = model(prompts, documents=documents).logits
+    for place in (-3, -2, -1):
+        found = step(prompts[:, place : prompts.shape[1] + place + 1], static)
+
+        def error(logits: torch.Tensor, row: int, place: int = place) -> float:
+            expected = exact[row, place].double()
+            return float((logits.double() - expected).norm() / expected.norm())
+
+        for row in range(batch):
+            assert error(found[row], row) < max(1.5 * error(plain[row, place], row), 3e-3)
+
+
+@pytest.mark.parametrize("norm_activation", ["gelu", "l2_norm_gelu", "gelu_l2_norm", "softmax"])
+def test_tokens_by_the_kernel_of_all_layers(
+    norm_activation: str, make_tokenformer: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    default = prepared.make_step
+    made: list[Any] = []
+
+    def streamed(model: LanguageModel, static: Any, path: prepared.StepPath = "streamed") -> Any:
+        made.append(default(model, static, path))
+        return made[-1]
+
+    monkeypatch.setattr(prepared, "make_step", streamed)
+    tokens = {"qkv_param_tokens": 96, "proj_param_tokens": 192, "ffn_param_tokens": 768}
+    model = make_tokenformer(**SIZES, **tokens, norm_activation=norm_activation, rotary_pct=0.5).cuda()
+    for prompt, new_tokens in ((PROMPTS[0], 100), (PROMPTS[1], 200)):
+        options: dict[str, Any] = {"max_new_tokens": new_tokens, "sampling": GREEDY}
+        with monkeypatch.context() as patched:
+            patched.setattr(feed, "_static_pays", lambda *_: False)
+            expected = generate(model, [prompt], **options)
+        assert generate(model, [prompt], **options) == expected
+        assert generate(model, [prompt], **options) == expected  # replayed
+    assert {type(step).__name__ for step in made} == {"StreamedStep"}

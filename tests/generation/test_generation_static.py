@@ -73,6 +73,21 @@ def test_static_memory_gives_what_plain_calls_give(
         assert list(generate_stream(model, prompts, sampling=sampling, **options)) == plain
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize("batch", [1, 2, 4, 8, 16])
+def test_logits_of_every_batch(model: LanguageModel, batch: int) -> None:
+    prompts = torch.randint(0, 35, (batch, 12), generator=torch.Generator().manual_seed(2))
+    padding = torch.arange(batch)[:, None] % 5
+    documents = torch.where(torch.arange(12) < padding, -1, 0)
+    state = model(prompts[:, :-2], documents=documents[:, :-2], state=model.initial_state(batch)).state
+    static = model.static_state(state, 16)
+    step = prepared.make_step(model, static)
+    expected = model(prompts, documents=documents).logits
+    for place in (10, 11):
+        found = step(prompts[:, place : place + 1], static)
+        torch.testing.assert_close(found, expected[:, place], rtol=1e-4, atol=1e-5)
+
+
 def test_a_decoder_is_kept_while_the_weights_stay(
     make_tokenformer: MakeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -120,12 +120,12 @@ class FusedStep:
         assert isinstance(model, Decoder)
         config, device = model.config, state.keys.device
         b, d, v = state.batch_size, config.hidden_size, config.vocab_size
-        self._layers, memory = _stored(map(_fused_layer, model.blocks), len(model.blocks))
+        self._layers, memory = _stored(map(fused_layer, model.blocks), len(model.blocks))
         self._table = model.embedding.weight.detach()
         self._norm = Normed(model.norm.eps, model.norm.weight.detach(), model.norm.bias.detach())
-        self._head = _head_matrix(model.head)
+        self._head = head_matrix(model.head)
         self._logit_scale = float(model.head.logit_scale)  # type: ignore[arg-type]
-        self._angles = _angle_table(state.capacity, config.rotary_dim, config.rope_theta, device)
+        self._angles = angle_table(state.capacity, config.rotary_dim, config.rope_theta, device)
         self._launches = _launches(self._layers, memory)
         splits = min(_MOST_SPLITS, -(-state.capacity // KEYS_A_BLOCK))
         heads = config.num_attention_heads
@@ -239,7 +239,8 @@ def _launches(layers: Sequence[FusedLayer], memory: Tensor) -> list[Launch]:
     return [Launch(hopper=True, coming=part) for part in (None, *parts, first)]
 
 
-def _fused_layer(block: nn.Module) -> FusedLayer:
+def fused_layer(block: nn.Module) -> FusedLayer:
+    """The products of a block."""
     assert isinstance(block, Block)
     attention = block.attention
     return FusedLayer(
@@ -311,12 +312,13 @@ def _linear_matrix(layers: Sequence[nn.Module]) -> Matrix:
     return _matrix(weights, torch.stack(biases) if biases else None)  # type: ignore[arg-type]
 
 
-def _head_matrix(head: nn.Module) -> Matrix:
+def head_matrix(head: nn.Module) -> Matrix:
+    """The weight that makes logits."""
     weight = head.rows if isinstance(head, Int8Head) else head.weight
     return _matrix([weight])  # type: ignore[list-item]
 
 
-def _angle_table(length: int, rotary_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
+def angle_table(length: int, rotary_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
     """Cosine and sine [T, r] of every position."""
     if not rotary_dim:
         nothing = torch.zeros(length, 0, device=device)

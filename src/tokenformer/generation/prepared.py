@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
 from torch import Tensor
@@ -14,9 +14,13 @@ from torch import Tensor
 from tokenformer.generation.config import SamplingConfig
 from tokenformer.generation.fused import FusedStep, serves
 from tokenformer.generation.static import STEPS_AT_ONCE, StaticDecoder, Step
+from tokenformer.generation.streamed import StreamedStep, serves_streamed
 from tokenformer.models.base import LanguageModel
 
 _LENGTH_STEP = 256  # lengths are rounded up, so that calls that differ a little share a decoder
+
+StepPath = Literal["streamed", "fused", "model"]
+"""All layers in one kernel, a kernel for each product, or the model's own operations."""
 
 
 class _Key(NamedTuple):
@@ -60,9 +64,18 @@ def _prepare(
     if static is None:
         return None
     device = next(model.parameters()).device
-    fused = device.type == "cuda" and serves(model, state.batch_size)
-    step = FusedStep(model, static) if fused else _model_step(model)
-    return StaticDecoder(static, step, sampling, vocab_size, length=length, device=device)
+    return StaticDecoder(static, make_step(model, static), sampling, vocab_size, length=length, device=device)
+
+
+def make_step(model: LanguageModel, static: Any, path: StepPath = "fused") -> Step:
+    """The call of one token: by ``path`` where it serves this model and batch on its device, otherwise by the next one
+    that does."""
+    batch, on_gpu = static.batch_size, next(model.parameters()).device.type == "cuda"
+    if path == "streamed" and on_gpu and serves_streamed(model, batch):
+        return StreamedStep(model, static)
+    if path != "model" and on_gpu and serves(model, batch):
+        return FusedStep(model, static)
+    return _model_step(model)
 
 
 def _model_step(model: LanguageModel) -> Step:

@@ -55,7 +55,7 @@ class StaticDecoder:
     ) -> None:
         self.state = state
         self.batch_size, self.length = state.batch_size, length
-        self._sampling, self._vocab_size, self._step = sampling, vocab_size, step
+        self._sampling, self._vocab_size, self.step = sampling, vocab_size, step
         self._tokens = torch.zeros(self.batch_size, 1, dtype=torch.int64, device=device)
         self._count = torch.zeros(1, dtype=torch.int64, device=device)
         # a row for each step: the tokens, and whether the logits they were chosen from were finite
@@ -84,14 +84,14 @@ class StaticDecoder:
 
     def logits_after(self, tokens: Tensor) -> Tensor:
         """Logits [b, v] after ``tokens`` [b, 1], from where the state is."""
-        return self._step(tokens, self.state)
+        return self.step(tokens, self.state)
 
     def chosen(self, first: int, last: int) -> Tensor:
         """Tokens [last - first, b] of these steps, and in one more column whether all was finite."""
         return self._log[first:last]
 
     def _one(self) -> None:
-        self._choose(self._step(self._tokens, self.state))
+        self._choose(self.step(self._tokens, self.state))
 
     def _steps(self) -> None:
         for _ in range(STEPS_AT_ONCE):

@@ -298,6 +298,68 @@ def _with_block(keys, values, query, there, largest, share, total):
 
 
 @triton.jit
+def _cached(cache, block, length, head_size, FEATURES: tl.constexpr, BLOCK: tl.constexpr):
+    """Keys or values [BLOCK, FEATURES] of the tokens from ``block`` on in the cache [T, e] of a head, past the
+    first-level cache; zero from ``length`` on."""
+    feature = tl.arange(0, FEATURES)[None, :]
+    token = block + tl.arange(0, BLOCK)[:, None]
+    there = (token < length) & (feature < head_size)
+    return tl.load(cache + token * head_size + feature, mask=there, other=0.0, cache_modifier=".cg")
+
+
+@triton.jit
+def _attend_part(
+    vectors,
+    hidden,
+    key_cache,
+    value_cache,
+    keys,
+    values,
+    cos,
+    sin,
+    length,
+    block,
+    split,
+    splits,
+    head_size,
+    scale,
+    out,
+    statistic,
+    ROTARY: tl.constexpr,
+    FEATURES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One head's attention over every ``splits``-th block of its cache from ``block`` on, whose first ``keys`` and
+    ``values`` are here already; ``vectors`` are its query, key and value, ``hidden`` apart."""
+    feature = tl.arange(0, FEATURES)
+    inside = feature < head_size
+    query = _turned(vectors, feature, inside, cos, sin, ROTARY) * scale
+    largest = float("-inf")
+    share = 0.0
+    total = tl.zeros((FEATURES,), tl.float32)
+    if split == 0:
+        key = _turned(vectors + hidden, feature, inside, cos, sin, ROTARY)
+        value = tl.load(vectors + 2 * hidden + feature, mask=inside, other=0.0)
+        here = length * head_size + feature
+        tl.store(key_cache + here, key.to(key_cache.dtype.element_ty), mask=inside)
+        tl.store(value_cache + here, value.to(value_cache.dtype.element_ty), mask=inside)
+        largest = tl.sum(query * key, axis=0)
+        share = 1.0
+        total = value
+    there = block + tl.arange(0, BLOCK) < length
+    largest, share, total = _with_block(keys, values, query, there, largest, share, total)
+    block += splits * BLOCK
+    while block < length:  # Triton's interpreter takes no tensors for the bounds of a range
+        keys = _cached(key_cache, block, length, head_size, FEATURES, BLOCK)
+        values = _cached(value_cache, block, length, head_size, FEATURES, BLOCK)
+        there = block + tl.arange(0, BLOCK) < length
+        largest, share, total = _with_block(keys, values, query, there, largest, share, total)
+        block += splits * BLOCK
+    tl.store(out + feature, total / tl.maximum(share, 1e-30), mask=inside)
+    tl.store(statistic, largest + tl.log(tl.maximum(share, 1e-30)))  # -inf without a token
+
+
+@triton.jit
 def attend(
     qkv,
     key_cache,
@@ -335,55 +397,48 @@ def attend(
     split, splits = tl.program_id(1), tl.num_programs(1)
     b = tl.program_id(2)
     feature = tl.arange(0, FEATURES)
-    inside = feature < head_size
     length = tl.load(lengths, cache_modifier=".cg")
     block = tl.load(starts + b, cache_modifier=".cg") + split * BLOCK
     position = tl.load(positions + b, cache_modifier=".cg")
     cache = (b * heads + head).to(tl.int64) * capacity * head_size
-    token = block + tl.arange(0, BLOCK)
-    offsets = cache + token[:, None] * head_size + feature[None, :]
-    there = (token < length)[:, None] & inside[None, :]
-    keys = tl.load(key_cache + offsets, mask=there, other=0.0, cache_modifier=".cg")
-    values = tl.load(value_cache + offsets, mask=there, other=0.0, cache_modifier=".cg")
+    keys = _cached(key_cache + cache, block, length, head_size, FEATURES, BLOCK)
+    values = _cached(value_cache + cache, block, length, head_size, FEATURES, BLOCK)
     cos = tl.load(cosine + position * ROTARY + feature, mask=feature < ROTARY, other=1.0)
     sin = tl.load(sine + position * ROTARY + feature, mask=feature < ROTARY, other=0.0)
     if HOPPER:
         _prefetch(coming, coming_bytes, THREADS)
         gdc_wait()
     hidden = heads * head_size
-    vectors = qkv + b * 3 * hidden + head * head_size
-    query = _turned(vectors, feature, inside, cos, sin, ROTARY) * scale
-    largest = float("-inf")
-    share = 0.0
-    total = tl.zeros((FEATURES,), tl.float32)
-    if split == 0:
-        key = _turned(vectors + hidden, feature, inside, cos, sin, ROTARY)
-        value = tl.load(vectors + 2 * hidden + feature, mask=inside, other=0.0)
-        here = cache + length * head_size + feature
-        tl.store(key_cache + here, key.to(key_cache.dtype.element_ty), mask=inside)
-        tl.store(value_cache + here, value.to(value_cache.dtype.element_ty), mask=inside)
-        largest = tl.sum(query * key, axis=0)
-        share = 1.0
-        total = value
-    largest, share, total = _with_block(keys, values, query, token < length, largest, share, total)
-    block += splits * BLOCK
-    while block < length:  # Triton's interpreter takes no tensors for the bounds of a range
-        token = block + tl.arange(0, BLOCK)
-        offsets = cache + token[:, None] * head_size + feature[None, :]
-        there = (token < length)[:, None] & inside[None, :]
-        keys = tl.load(key_cache + offsets, mask=there, other=0.0, cache_modifier=".cg")
-        values = tl.load(value_cache + offsets, mask=there, other=0.0, cache_modifier=".cg")
-        largest, share, total = _with_block(keys, values, query, token < length, largest, share, total)
-        block += splits * BLOCK
     part = (b * splits + split) * heads + head
-    tl.store(out + part * head_size + feature, total / tl.maximum(share, 1e-30), mask=inside)
-    tl.store(statistics + part, largest + tl.log(tl.maximum(share, 1e-30)))  # -inf without a token
+    _attend_part(
+        qkv + b * 3 * hidden + head * head_size,
+        hidden,
+        key_cache + cache,
+        value_cache + cache,
+        keys,
+        values,
+        cos,
+        sin,
+        length,
+        block,
+        split,
+        splits,
+        head_size,
+        scale,
+        out + part * head_size,
+        statistics + part,
+        ROTARY,
+        FEATURES,
+        BLOCK,
+    )
 
 
 @triton.jit
-def embed(tokens, table, out, hidden, BLOCK: tl.constexpr, HOPPER: tl.constexpr):
-    """Rows ``tokens`` [b] of ``table`` [v, d] as float32 [b, d]. The first kernel of a token: those after it may rely
-    on all that came before being done."""
+def embed(tokens, table, out, zeroed, hidden, BLOCK: tl.constexpr, ZERO: tl.constexpr, HOPPER: tl.constexpr):
+    """Rows ``tokens`` [b] of ``table`` [v, d] as float32 [b, d]; ZERO: ``zeroed`` [2] becomes zero.
+
+    The first kernel of a token: those after it may rely on all that came before being done.
+    """
     if HOPPER:
         gdc_wait()
         gdc_launch_dependents()
@@ -392,3 +447,5 @@ def embed(tokens, table, out, hidden, BLOCK: tl.constexpr, HOPPER: tl.constexpr)
     token = tl.load(tokens + b)
     row = tl.load(table + token * hidden + feature, mask=feature < hidden, other=0.0)
     tl.store(out + b * hidden + feature, row.to(tl.float32), mask=feature < hidden)
+    if ZERO:
+        tl.store(zeroed + tl.arange(0, 2), tl.zeros((2,), tl.int32))
