@@ -12,7 +12,7 @@
 //
 // A row norm needs the whole row, which ceil(n / 192) tiles share. Their blocks run at the same time (tiles of
 // one row follow each other in the static order, and every block is resident), so each writes its part of the row's
-// sum, counts up, waits for the others, and adds up all parts in the same order: results do not depend on timing.
+// sum, waits for those of the others, and adds up all parts in the same order: results do not depend on timing.
 //
 // Compiled with -DBACKWARD=, -DKIND= (position in NORM_ACTIVATIONS) and -DTANH= (the form of GELU).
 
@@ -40,8 +40,7 @@ struct Arguments {
     unsigned short* weights;  // as scores
     unsigned short* grads;    // as scores, of the backward alone
     float2* statistics;       // [rows, statistics_stride]: two figures of a row and projection
-    float2* partials;         // [projections, tiles, padded rows]
-    u32* counters;            // [tiles of 128 rows, projections], zero at the start
+    u64* partials;            // [projections, tiles, padded rows], all bits ones at the start
     u64 row_stride;
     u32 statistics_stride;
     u32 rows, n, inner, projections;
@@ -67,7 +66,7 @@ __device__ __forceinline__ void barrier_arrive_in_cluster(u32 barrier, u32 block
         "{\n"
         ".reg .b32 remote;\n"
         "mapa.shared::cluster.u32 remote, %0, %1;\n"
-        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n"
+        "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
         "}" ::"r"(barrier), "r"(block) : "memory");
 }
 
@@ -76,7 +75,7 @@ __device__ __forceinline__ void barrier_wait(u32 barrier, u32 phase) {
         "{\n"
         ".reg .pred done;\n"
         "again:\n"
-        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
         "@!done bra again;\n"
         "}" ::"r"(barrier), "r"(phase) : "memory");
 }
@@ -314,61 +313,61 @@ __device__ __forceinline__ float2 part_of_row(const uint4 (&chunks)[PIECES], u32
     return make_float2(scale, total);
 }
 
-__device__ __forceinline__ float2 load_fresh(const float2* from) {
-    float2 value;
-    asm volatile("ld.relaxed.gpu.global.v2.f32 {%0, %1}, [%2];" : "=f"(value.x), "=f"(value.y) : "l"(from) : "memory");
-    return value;
+// A part of a row's figures goes to the tiles of that row by one store of 64 bits, which nobody can see half of. It
+// stands for itself: until then all bits are ones, which no figures are. So nothing has to wait for other stores.
+__device__ __forceinline__ void give_part(u64* to, float2 part) {
+    const u64 bits = static_cast<u64>(__float_as_uint(part.y)) << 32 | __float_as_uint(part.x);
+    asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(to), "l"(bits) : "memory");
 }
 
-__device__ __forceinline__ void store_fresh(float2* to, float2 value) {
-    asm volatile("st.relaxed.gpu.global.v2.f32 [%0], {%1, %2};" ::"l"(to), "f"(value.x), "f"(value.y) : "memory");
+__device__ __forceinline__ u64 look_at(const u64* from) {
+    u64 bits;
+    asm volatile("ld.relaxed.gpu.global.b64 %0, [%1];" : "=l"(bits) : "l"(from) : "memory");
+    return bits;
+}
+
+// Four parts at a time, so that their ways to the second-level cache overlap.
+template <typename Use>
+__device__ __forceinline__ void for_all_parts(const u64* parts, u32 tiles, u64 padded_rows, Use use) {
+    for (u32 first = 0; first < tiles; first += 4) {
+        u64 bits[4];
+#pragma unroll
+        for (u32 i = 0; i < 4; ++i) bits[i] = first + i < tiles ? look_at(parts + (first + i) * padded_rows) : 0;
+#pragma unroll
+        for (u32 i = 0; i < 4; ++i) {
+            for (u32 tries = 0; bits[i] == ~0ull; ++tries) {
+                bits[i] = look_at(parts + (first + i) * padded_rows);
+                if (tries > (1u << 24)) __trap();  // seconds: an error in place of a hang
+            }
+            if (first + i < tiles) use(make_float2(__uint_as_float(static_cast<u32>(bits[i])), __uint_as_float(bits[i] >> 32)));
+        }
+    }
 }
 
 // The two figures of a whole row from those of its tiles.
-__device__ __forceinline__ float2 whole_row(const float2* partials, u32 tiles, u64 padded_rows) {
-    float first = -3.4e38f, total = 0.0f;
-#pragma unroll 4
-    for (u32 tile = 0; tile < tiles; ++tile) {
-        const float2 part = load_fresh(partials + tile * padded_rows);
-        // for the norms: the smallest scale of a tile that is not zero, as the largest of its negative
-        if (KIND == SOFTMAX || part.y > 0) first = fmaxf(first, KIND == SOFTMAX ? part.x : -part.x);
-    }
-    if (KIND != SOFTMAX) first = first < -3.3e38f ? 1.0f : -first;  // no tile but zeros
-#pragma unroll 4
-    for (u32 tile = 0; tile < tiles; ++tile) {
-        const float2 part = load_fresh(partials + tile * padded_rows);
+__device__ __forceinline__ float2 whole_row(const u64* parts, u32 tiles, u64 padded_rows) {
+    float first = SOFTMAX == KIND ? -3.4e38f : 1.0f, total = 0.0f;
+    for_all_parts(parts, tiles, padded_rows, [&](float2 part) {
         if (KIND == SOFTMAX) {
-            total += part.y * exponential(part.x - first);
-        } else {
-            const float ratio = first / part.x;
-            total += part.y > 0 ? part.y * (ratio * ratio) : 0.0f;
+            const float largest = fmaxf(first, part.x);
+            total = total * exponential(first - largest) + part.y * exponential(part.x - largest);
+            first = largest;
+        } else if (part.y > 0) {  // sums of squares, each scaled by its own factor: go on with the smallest
+            const float scale = total > 0 ? fminf(first, part.x) : part.x;
+            const float old_ratio = scale / first, ratio = scale / part.x;
+            total = total > 0 ? total * (old_ratio * old_ratio) : 0.0f;
+            total += part.y * (ratio * ratio);
+            first = scale;
         }
-    }
+    });
     if (KIND == SOFTMAX) return make_float2(first, fmaxf(total, 1.0f));
     return make_float2(first, total > 0 ? sqrtf(total) : __int_as_float(0x7F800000));
 }
 
-__device__ __forceinline__ float whole_sum(const float2* partials, u32 tiles, u64 padded_rows) {
+__device__ __forceinline__ float whole_sum(const u64* parts, u32 tiles, u64 padded_rows) {
     float total = 0.0f;
-#pragma unroll 8
-    for (u32 tile = 0; tile < tiles; ++tile) total += load_fresh(partials + tile * padded_rows).x;
+    for_all_parts(parts, tiles, padded_rows, [&](float2 part) { total += part.x; });
     return total;
-}
-
-// Every tile of these rows has stored its part.
-__device__ __forceinline__ void wait_for_tiles(u32* counter, u32 tiles) {
-    __threadfence();
-    meet(5, FINISHING);
-    if (threadIdx.x == MULTIPLYING) {
-        asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
-        u32 there = 0;
-        for (u32 tries = 0; there < tiles; ++tries) {
-            asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(there) : "l"(counter) : "memory");
-            if (tries > (1u << 26)) __trap();  // seconds: an error in place of a hang
-        }
-    }
-    meet(5, FINISHING);
-    __threadfence();
 }
 
 // ---- the roles ----
@@ -479,8 +478,8 @@ struct Place {
     u32 halves, rows_of_tile;           // shared memory
     u32 lane, column;                   // column: of this thread's first piece in the projection
     u64 tile_row, offset, padded_rows;  // offset: of the tile's first row and this thread's first column
-    float2 *partials, *statistics;      // of the tile's first row
-    u32* counter;
+    u64* partials;                      // of the tile's first row, as the statistics
+    float2* statistics;
     u32 index, tiles;                   // of the tiles that share the row
     bool last;
 
@@ -495,7 +494,7 @@ struct Place {
         return reinterpret_cast<uint4*>(matrix + offset + row_in_tile(round) * args.row_stride + 64 * piece);
     }
     __device__ void store_part(u32 round, float2 part) const {
-        if ((lane & 7) == 0) store_fresh(partials + index * padded_rows + row_in_tile(round), part);
+        if ((lane & 7) == 0) give_part(partials + index * padded_rows + row_in_tile(round), part);
     }
     __device__ Chunks load_tile(u32 round) const {
         Chunks chunks;
@@ -552,7 +551,6 @@ __device__ __forceinline__ void finish_forward(const Place& place) {
                 place.store_part(round, part_of_row(scores.of, place.column, place.args.n));
             }
         }
-        wait_for_tiles(place.counter, place.tiles);
         if (thread < TILE_M) {
             const float2 figures = whole_row(place.partials + thread, place.tiles, place.padded_rows);
             place.set_row(thread, figures, 0.0f);
@@ -618,7 +616,7 @@ __device__ __forceinline__ void finish_backward(const Place& place) {
     }
     if (!NEEDS_ROW) return;
     scores = place.load_scores(own_round(0));
-    wait_for_tiles(place.counter, place.tiles);
+    meet(5, FINISHING);  // the figures of the first look have been read
     if (thread < TILE_M)
         place.set_row(thread, figures, whole_sum(place.partials + thread, place.tiles, place.padded_rows));
     meet(5, FINISHING);
@@ -657,7 +655,6 @@ __device__ __forceinline__ void finish_tiles(const Arguments& args, u32 base, u3
             tile.row * args.row_stride + static_cast<u64>(tile.projection) * args.n + column, padded_rows,
             args.partials + static_cast<u64>(tile.projection) * schedule.tiles_per_row * padded_rows + tile.row,
             args.statistics + static_cast<u64>(tile.row) * args.statistics_stride + tile.projection,
-            args.counters + (tile.row / TILE_M) * args.projections + tile.projection,
             tile.index, schedule.tiles_per_row, number + gridDim.x / 2 >= schedule.total};
 #ifdef ONLY_PRODUCTS
         for (u32 half = 0; half < 2; ++half) { meet(1 + half, AT_HALF); if (!place.last) signal(3 + half, AT_HALF); }

@@ -99,7 +99,6 @@ class _Arguments(ctypes.Structure):
         ("grads", ctypes.c_void_p),
         ("statistics", ctypes.c_void_p),
         ("partials", ctypes.c_void_p),
-        ("counters", ctypes.c_void_p),
         ("row_stride", ctypes.c_uint64),
         ("statistics_stride", ctypes.c_uint32),
         ("rows", ctypes.c_uint32),
@@ -132,15 +131,13 @@ def _launch(
     row_tiles, tiles = -(-rows // TILE_ROWS), -(-n // TILE_TOKENS)
     offset = 2 * n * first_projection
     needs_row = kind.norm_activation != "gelu"
-    partials = a.new_empty(projections * tiles * row_tiles * TILE_ROWS * 2 * needs_row, dtype=torch.float32)
-    counters = torch.zeros(row_tiles * 2 * projections * needs_row, dtype=torch.int32, device=a.device)
+    partials = a.new_full((projections * tiles * row_tiles * TILE_ROWS * needs_row,), -1, dtype=torch.int64)
     arguments = _Arguments(
         scores.data_ptr() + offset,
         weights.data_ptr() + offset,
         grads.data_ptr() + offset if grads is not None else None,
         statistics.data_ptr() + 8 * first_projection,
         partials.data_ptr(),
-        counters.data_ptr(),
         in_all * n,
         in_all,
         rows,
