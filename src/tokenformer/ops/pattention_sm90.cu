@@ -5,7 +5,7 @@
 //             a = output gradients [rows, d_out],              b = values [1, n, d_out].
 //
 // The product is the usual one: tiles of 128 x 192, loaded by the copy engine, 64 of the inner axis at a time, into a
-// ring of shared memory; two blocks of a cluster take rows below each other and share the tokens' tile. What is new
+// ring of shared memory; the blocks of a cluster take rows below each other and share the tokens' tile. What is new
 // stands beside it: the two warpgroups that multiply hand a finished tile, rounded to bfloat16, to seven other warps,
 // which compute weights and gradients and write everything out while the next tile is multiplied. So the activation
 // costs neither a pass through memory nor time in which nothing is multiplied.
@@ -22,6 +22,7 @@ typedef unsigned long long u64;
 constexpr int GELU = 0, L2_NORM_GELU = 1, GELU_L2_NORM = 2, SOFTMAX = 3;
 constexpr bool NEEDS_ROW = KIND != GELU;
 
+constexpr int BLOCKS = BLOCKS_OF_CLUSTER;
 constexpr int TILE_M = 128, TILE_N = 192, TILE_K = 64, STAGES = 4;
 constexpr int BYTES_A = TILE_M * TILE_K * 2, BYTES_B = TILE_N * TILE_K * 2;
 constexpr int HALF_BYTES = 64 * TILE_N * 2;  // a finished half tile, between two warpgroups
@@ -106,12 +107,12 @@ __device__ __forceinline__ void load_a(u32 to, const TensorMap* map, u32 barrier
         "l"(map), "r"(barrier), "r"(k), "r"(row) : "memory");
 }
 
-// The same address and barrier in both blocks of the cluster.
-__device__ __forceinline__ void load_b_for_both(u32 to, const TensorMap* map, u32 barrier, int k, int token, int proj) {
+// The same address and barrier in all blocks of the cluster.
+__device__ __forceinline__ void load_b_for_all(u32 to, const TensorMap* map, u32 barrier, int k, int token, int proj) {
     asm volatile(
         "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
         " [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(to),
-        "l"(map), "r"(barrier), "r"(k), "r"(token), "r"(proj), "h"(static_cast<unsigned short>(3)) : "memory");
+        "l"(map), "r"(barrier), "r"(k), "r"(token), "r"(proj), "h"(static_cast<unsigned short>((1 << BLOCKS) - 1)) : "memory");
 }
 
 // A tile whose rows of 64 bfloat16 (128 bytes) lie as the copy engine's 128-byte swizzle puts them.
@@ -269,6 +270,24 @@ __device__ __forceinline__ float scale_of(float largest) {
     return largest > 0 ? 1.0f / fmaxf(largest, 1.2e-38f) : 1.0f;
 }
 
+// Rare: zero rows, and squares that leave float32.
+__device__ __noinline__ float2 scaled_part(uint4 first, uint4 second, uint4 third) {
+    const u32 pairs[4 * PIECES] = {
+        first.x, first.y, first.z, first.w, second.x, second.y, second.z, second.w, third.x, third.y, third.z, third.w};
+    float largest = 0.0f, total = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 4 * PIECES; ++i)
+        largest = fmaxf(largest, fmaxf(fabsf(counted(low_of(pairs[i]))), fabsf(counted(high_of(pairs[i])))));
+    largest = largest_of_eight(largest);
+    const float scale = scale_of(largest);
+#pragma unroll
+    for (int i = 0; i < 4 * PIECES; ++i) {
+        const float low = counted(low_of(pairs[i])) * scale, high = counted(high_of(pairs[i])) * scale;
+        total = fmaf(low, low, fmaf(high, high, total));
+    }
+    return make_float2(scale, sum_of_eight(total));
+}
+
 // (scale, sum of scaled squares) or (largest, sum of exponentials below it) over the eight threads' 24 scores each.
 __device__ __forceinline__ float2 part_of_row(const uint4 (&chunks)[PIECES], u32 first_column, u32 n) {
     const u32* pairs = reinterpret_cast<const u32*>(chunks);
@@ -291,26 +310,12 @@ __device__ __forceinline__ float2 part_of_row(const uint4 (&chunks)[PIECES], u32
         total = fmaf(low, low, fmaf(high, high, total));
     }
     total = sum_of_eight(total);
-    float scale = 1.0f;
-    if (__any_sync(0xFFFFFFFFu, !safe(total))) {  // rare; zero rows, and squares that leave float32
-        float largest = 0.0f, scaled = 0.0f;
-#pragma unroll
-        for (int i = 0; i < 8 * PIECES; ++i) {
-            const u32 pair = pairs[i / 2];
-            largest = fmaxf(largest, fabsf(counted(i % 2 ? high_of(pair) : low_of(pair))));
-        }
-        largest = largest_of_eight(largest);
-        const float own_scale = scale_of(largest);
-#pragma unroll
-        for (int i = 0; i < 8 * PIECES; ++i) {
-            const u32 pair = pairs[i / 2];
-            const float x = counted(i % 2 ? high_of(pair) : low_of(pair)) * own_scale;
-            scaled = fmaf(x, x, scaled);
-        }
-        scaled = sum_of_eight(scaled);
-        if (!safe(total)) scale = own_scale, total = scaled;
+    float2 part = make_float2(1.0f, total);
+    if (__any_sync(0xFFFFFFFFu, !safe(total))) {
+        const float2 scaled = scaled_part(chunks[0], chunks[1], chunks[2]);
+        if (!safe(total)) part = scaled;
     }
-    return make_float2(scale, total);
+    return part;
 }
 
 // A part of a row's figures goes to the tiles of that row by one store of 64 bits, which nobody can see half of. It
@@ -326,47 +331,78 @@ __device__ __forceinline__ u64 look_at(const u64* from) {
     return bits;
 }
 
-// Four parts at a time, so that their ways to the second-level cache overlap.
+// Eight parts at a time, so that their ways to the second-level cache overlap; `nothing` in place of those beyond the last.
 template <typename Use>
-__device__ __forceinline__ void for_all_parts(const u64* parts, u32 tiles, u64 padded_rows, Use use) {
-    for (u32 first = 0; first < tiles; first += 4) {
-        u64 bits[4];
+__device__ __forceinline__ void for_all_parts(
+    const u64* parts, u32 tiles, u64 padded_rows, float2 nothing, Use use) {
+#pragma unroll 1
+    for (u32 first = 0; first < tiles; first += 8) {
+        u64 bits[8];
+        float2 found[8];
+        bool missing = true;
 #pragma unroll
-        for (u32 i = 0; i < 4; ++i) bits[i] = first + i < tiles ? look_at(parts + (first + i) * padded_rows) : 0;
+        for (u32 i = 0; i < 8; ++i) bits[i] = first + i < tiles ? look_at(parts + (first + i) * padded_rows) : 0;
+        for (u32 tries = 0; missing; ++tries) {
+            missing = false;
 #pragma unroll
-        for (u32 i = 0; i < 4; ++i) {
-            for (u32 tries = 0; bits[i] == ~0ull; ++tries) {
-                bits[i] = look_at(parts + (first + i) * padded_rows);
-                if (tries > (1u << 24)) __trap();  // seconds: an error in place of a hang
-            }
-            if (first + i < tiles) use(make_float2(__uint_as_float(static_cast<u32>(bits[i])), __uint_as_float(bits[i] >> 32)));
+            for (u32 i = 0; i < 8; ++i)
+                if (bits[i] == ~0ull) bits[i] = look_at(parts + (first + i) * padded_rows), missing = true;
+            if (tries > (1u << 24)) __trap();  // seconds: an error in place of a hang
         }
+#pragma unroll
+        for (u32 i = 0; i < 8; ++i)
+            found[i] = first + i < tiles
+                ? make_float2(__uint_as_float(static_cast<u32>(bits[i])), __uint_as_float(bits[i] >> 32)) : nothing;
+        use(found);
     }
+}
+
+// The sum of the squares of a row where those of some tiles had to be scaled, and the smallest scale.
+__device__ __noinline__ float2 scaled_squares(const u64* parts, u32 tiles, u64 padded_rows) {
+    float scale = 3.4e38f, total = 0.0f;
+    for (u32 pass = 0; pass < 2; ++pass)
+        for (u32 tile = 0; tile < tiles; ++tile) {
+            const u64 bits = look_at(parts + tile * padded_rows);
+            const float own = __uint_as_float(static_cast<u32>(bits)), squares = __uint_as_float(bits >> 32);
+            const float ratio = scale / own;
+            if (pass == 1) total += squares > 0 ? squares * (ratio * ratio) : 0.0f;
+            else if (squares > 0) scale = fminf(scale, own);
+        }
+    return make_float2(total > 0 ? scale : 1.0f, total);
 }
 
 // The two figures of a whole row from those of its tiles.
 __device__ __forceinline__ float2 whole_row(const u64* parts, u32 tiles, u64 padded_rows) {
-    float first = SOFTMAX == KIND ? -3.4e38f : 1.0f, total = 0.0f;
-    for_all_parts(parts, tiles, padded_rows, [&](float2 part) {
-        if (KIND == SOFTMAX) {
-            const float largest = fmaxf(first, part.x);
-            total = total * exponential(first - largest) + part.y * exponential(part.x - largest);
-            first = largest;
-        } else if (part.y > 0) {  // sums of squares, each scaled by its own factor: go on with the smallest
-            const float scale = total > 0 ? fminf(first, part.x) : part.x;
-            const float old_ratio = scale / first, ratio = scale / part.x;
-            total = total > 0 ? total * (old_ratio * old_ratio) : 0.0f;
-            total += part.y * (ratio * ratio);
-            first = scale;
-        }
+    float total = 0.0f;
+    if (KIND == SOFTMAX) {
+        float largest = -3.4e38f;
+        for_all_parts(parts, tiles, padded_rows, make_float2(-3.4e38f, 0.0f), [&](const float2 (&part)[8]) {
+            float higher = largest;
+#pragma unroll
+            for (int i = 0; i < 8; ++i) higher = fmaxf(higher, part[i].x);
+            total *= exponential(largest - higher);
+#pragma unroll
+            for (int i = 0; i < 8; ++i) total = fmaf(part[i].y, exponential(part[i].x - higher), total);
+            largest = higher;
+        });
+        return make_float2(largest, fmaxf(total, 1.0f));
+    }
+    bool plain = true;
+    for_all_parts(parts, tiles, padded_rows, make_float2(1.0f, 0.0f), [&](const float2 (&part)[8]) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) total += part[i].y, plain = plain && part[i].x == 1.0f;
     });
-    if (KIND == SOFTMAX) return make_float2(first, fmaxf(total, 1.0f));
-    return make_float2(first, total > 0 ? sqrtf(total) : __int_as_float(0x7F800000));
+    float2 squares = make_float2(1.0f, total);
+    if (!plain) squares = scaled_squares(parts, tiles, padded_rows);
+    return make_float2(squares.x, squares.y > 0 ? sqrtf(squares.y) : __int_as_float(0x7F800000));
 }
 
 __device__ __forceinline__ float whole_sum(const u64* parts, u32 tiles, u64 padded_rows) {
     float total = 0.0f;
-    for_all_parts(parts, tiles, padded_rows, [&](float2 part) { total += part.x; });
+    for_all_parts(parts, tiles, padded_rows, make_float2(0.0f, 0.0f), [&](const float2 (&part)[8]) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) total += part[i].x;
+    });
     return total;
 }
 
@@ -379,12 +415,12 @@ struct Schedule {
     __device__ explicit Schedule(const Arguments& args) {
         tiles_per_row = (args.n + TILE_N - 1) / TILE_N;
         tiles_per_panel = tiles_per_row * args.projections;
-        total = (args.rows + 2 * TILE_M - 1) / (2 * TILE_M) * tiles_per_panel;
+        total = (args.rows + BLOCKS * TILE_M - 1) / (BLOCKS * TILE_M) * tiles_per_panel;
     }
     __device__ Tile operator()(u32 number, u32 block) const {
         const u32 panel = number / tiles_per_panel, within = number % tiles_per_panel;
         const u32 projection = within / tiles_per_row, index = within % tiles_per_row;
-        return {panel * (2 * TILE_M) + block * TILE_M, projection, index * TILE_N, index};
+        return {panel * (BLOCKS * TILE_M) + block * TILE_M, projection, index * TILE_N, index};
     }
 };
 
@@ -399,15 +435,15 @@ __device__ __forceinline__ void load_tiles(
     const TensorMap* map_a, const TensorMap* map_b, const Arguments& args, Ring ring, u32 block) {
     const Schedule schedule(args);
     const u32 steps = (args.inner + TILE_K - 1) / TILE_K;
-    for (u32 number = blockIdx.x / 2; number < schedule.total; number += gridDim.x / 2) {
+    for (u32 number = blockIdx.x / BLOCKS; number < schedule.total; number += gridDim.x / BLOCKS) {
         const Tile tile = schedule(number, block);
         for (u32 step = 0; step < steps; ++step, ring.advance()) {
             barrier_wait(ring.empty + 8 * ring.stage, ring.phase ^ 1);
             const u32 ready = ring.full + 8 * ring.stage;
             barrier_expect(ready, BYTES_A + BYTES_B);
             load_a(ring.a(), map_a, ready, step * TILE_K, tile.row);
-            load_b_for_both(
-                ring.b() + block * (BYTES_B / 2), map_b, ready, step * TILE_K, tile.token + block * (TILE_N / 2),
+            load_b_for_all(
+                ring.b() + block * (BYTES_B / BLOCKS), map_b, ready, step * TILE_K, tile.token + block * (TILE_N / BLOCKS),
                 tile.projection);
         }
     }
@@ -435,7 +471,7 @@ __device__ __forceinline__ void multiply_tiles(const Arguments& args, Ring ring,
     const u32 steps = (args.inner + TILE_K - 1) / TILE_K;
     const u32 half = ring.base + OFFSET_HALVES + which * HALF_BYTES;
     float sums[96];
-    for (u32 number = blockIdx.x / 2; number < schedule.total; number += gridDim.x / 2) {
+    for (u32 number = blockIdx.x / BLOCKS; number < schedule.total; number += gridDim.x / BLOCKS) {
         u32 previous = 0;
         for (u32 step = 0; step < steps; ++step, ring.advance()) {
             barrier_wait(ring.full + 8 * ring.stage, ring.phase);
@@ -446,13 +482,13 @@ __device__ __forceinline__ void multiply_tiles(const Arguments& args, Ring ring,
             multiply_commit();
             if (step > 0) {
                 multiply_wait<1>();
-                if ((threadIdx.x & 127) < 2) barrier_arrive_in_cluster(previous, threadIdx.x & 127);
+                if ((threadIdx.x & 127) < BLOCKS) barrier_arrive_in_cluster(previous, threadIdx.x & 127);
             }
             previous = ring.empty + 8 * ring.stage;
         }
         multiply_wait<0>();
         hold(sums);
-        if ((threadIdx.x & 127) < 2) barrier_arrive_in_cluster(previous, threadIdx.x & 127);
+        if ((threadIdx.x & 127) < BLOCKS) barrier_arrive_in_cluster(previous, threadIdx.x & 127);
         meet(3 + which, AT_HALF);
         give_half(sums, half);
         signal(1 + which, AT_HALF);
@@ -463,10 +499,6 @@ __device__ __forceinline__ uint4 load_shared(u32 from) {
     uint4 v;
     asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(from) : "memory");
     return v;
-}
-
-__device__ __forceinline__ void store_shared(u32 to, uint4 v) {
-    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
 
 struct Chunks { uint4 of[PIECES]; };
@@ -493,7 +525,7 @@ struct Place {
     __device__ uint4* at(unsigned short* matrix, u32 round, int piece) const {
         return reinterpret_cast<uint4*>(matrix + offset + row_in_tile(round) * args.row_stride + 64 * piece);
     }
-    __device__ void store_part(u32 round, float2 part) const {
+    __device__ void give_part_of_row(u32 round, float2 part) const {
         if ((lane & 7) == 0) give_part(partials + index * padded_rows + row_in_tile(round), part);
     }
     __device__ Chunks load_tile(u32 round) const {
@@ -530,124 +562,137 @@ struct Place {
     }
 };
 
-constexpr u32 ROUNDS = TILE_M / 4;
+constexpr int ROUNDS = TILE_M / 4, OWN_ROUNDS = (ROUNDS + FINISHING_WARPS - 1) / FINISHING_WARPS;
+// By their second round all warps are within the first half tile or at the start of the second, so they ask for that then.
+constexpr int SECOND_HALF = 2;
+static_assert(FINISHING_WARPS * SECOND_HALF <= ROUNDS / 2 && FINISHING_WARPS * (SECOND_HALF + 1) >= ROUNDS / 2, "");
 
 __device__ __forceinline__ u32 finishing_thread() { return threadIdx.x - MULTIPLYING; }
-// The first round of this warp that is not before `round`.
-__device__ __forceinline__ u32 own_round(u32 round) {
-    const u32 warp = finishing_thread() / 32;
-    return round + (warp + FINISHING_WARPS - round % FINISHING_WARPS) % FINISHING_WARPS;
+__device__ __forceinline__ u32 own_round(int turn) { return finishing_thread() / 32 + FINISHING_WARPS * turn; }
+
+__device__ __forceinline__ void wait_for_half(int turn) {
+    if (turn == 0) meet(1, AT_HALF);
+    if (turn == SECOND_HALF) meet(2, AT_HALF);
+}
+// A finished tile has been read: the next may come. After the last there is none.
+__device__ __forceinline__ void free_half(int turn, bool last) {
+    if (turn == SECOND_HALF && !last) signal(3, AT_HALF);
+    if (turn == OWN_ROUNDS - 1 && !last) signal(4, AT_HALF);
+}
+
+__device__ __forceinline__ void store_weights(const Place& place, u32 round, Chunks& scores) {
+    const Row row = place.row(round);
+    Chunks weights;
+#pragma unroll
+    for (int i = 0; i < 4 * PIECES; ++i) {
+        const u32 pair = pairs_of(scores)[i];
+        pairs_of(weights)[i] = rounded_pair(weight_of(low_of(pair), row), weight_of(high_of(pair), row));
+    }
+    place.store(place.args.weights, round, weights);
 }
 
 __device__ __forceinline__ void finish_forward(const Place& place) {
-    const u32 thread = finishing_thread();
-    if (NEEDS_ROW) {
-        for (u32 half = 0; half < 2; ++half) {
-            meet(1 + half, AT_HALF);
-#pragma unroll 1
-            for (u32 round = own_round(half * ROUNDS / 2); round < (half + 1) * ROUNDS / 2; round += FINISHING_WARPS) {
-                const Chunks scores = place.load_tile(round);
-                place.store(place.args.scores, round, scores);
-                place.store_part(round, part_of_row(scores.of, place.column, place.args.n));
-            }
-        }
-        if (thread < TILE_M) {
-            const float2 figures = whole_row(place.partials + thread, place.tiles, place.padded_rows);
-            place.set_row(thread, figures, 0.0f);
-            if (place.index == 0 && place.tile_row + thread < place.args.rows)
-                place.statistics[thread * static_cast<u64>(place.args.statistics_stride)] = figures;
-        }
-        meet(5, FINISHING);
-    }
-    for (u32 half = 0; half < 2; ++half) {
-        if (!NEEDS_ROW) meet(1 + half, AT_HALF);
-#pragma unroll 1
-        for (u32 round = own_round(half * ROUNDS / 2); round < (half + 1) * ROUNDS / 2; round += FINISHING_WARPS) {
-            Chunks scores = place.load_tile(round), weights;
-            if (!NEEDS_ROW) place.store(place.args.scores, round, scores);
-            const Row row = place.row(round);
-            const u32* pairs = pairs_of(scores);
+    Chunks held[NEEDS_ROW ? OWN_ROUNDS : 1];
 #pragma unroll
-            for (int i = 0; i < 4 * PIECES; ++i)
-                pairs_of(weights)[i] = rounded_pair(weight_of(low_of(pairs[i]), row), weight_of(high_of(pairs[i]), row));
-            place.store(place.args.weights, round, weights);
+    for (int turn = 0; turn < OWN_ROUNDS; ++turn) {
+        const u32 round = own_round(turn);
+        wait_for_half(turn);
+        if (round < ROUNDS) {
+            Chunks& scores = held[NEEDS_ROW ? turn : 0];
+            scores = place.load_tile(round);
+            place.store(place.args.scores, round, scores);
+            if (NEEDS_ROW) place.give_part_of_row(round, part_of_row(scores.of, place.column, place.args.n));
+            else store_weights(place, round, scores);
         }
-        if (!place.last) signal(3 + half, AT_HALF);
+        free_half(turn, place.last);
     }
+    if (!NEEDS_ROW) return;
+    if (const u32 row = finishing_thread(); row < TILE_M) {
+        const float2 figures = whole_row(place.partials + row, place.tiles, place.padded_rows);
+        place.set_row(row, figures, 0.0f);
+        if (place.index == 0 && place.tile_row + row < place.args.rows)
+            place.statistics[row * static_cast<u64>(place.args.statistics_stride)] = figures;
+    }
+    meet(5, FINISHING);
+#pragma unroll
+    for (int turn = 0; turn < OWN_ROUNDS; ++turn)
+        if (own_round(turn) < ROUNDS) store_weights(place, own_round(turn), held[NEEDS_ROW ? turn : 0]);
+}
+
+// The first look at the gradients of the weights. In place of the scores it leaves what the second needs of the gradients.
+__device__ __forceinline__ float look_first(const Place& place, u32 round, Chunks& scores) {
+    const Row row = place.row(round);
+    Chunks grads = place.load_tile(round), weights;
+    float along = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 4 * PIECES; ++i) {
+        const u32 score = pairs_of(scores)[i], grad = pairs_of(grads)[i];
+        const Terms low = backward_terms(low_of(score), low_of(grad), row);
+        const Terms high = backward_terms(high_of(score), high_of(grad), row);
+        pairs_of(weights)[i] = rounded_pair(low.weight, high.weight);
+        pairs_of(scores)[i] = rounded_pair(low.kept, high.kept);
+        along += low.along + high.along;  // the gradients of what is not there are zero
+    }
+    place.store(place.args.weights, round, weights);
+    return along;
 }
 
 __device__ __forceinline__ void finish_backward(const Place& place) {
-    const u32 thread = finishing_thread();
+    const u32 own_row = finishing_thread();
+    Chunks held[OWN_ROUNDS];  // the scores, asked for while their tile is still multiplied
+#pragma unroll
+    for (int turn = 0; turn < OWN_ROUNDS; ++turn) held[turn] = place.load_scores(own_round(turn));
     float2 figures = make_float2(1.0f, 1.0f);
-    if (NEEDS_ROW && thread < TILE_M) {
-        if (place.tile_row + thread < place.args.rows)
-            figures = place.statistics[thread * static_cast<u64>(place.args.statistics_stride)];
-        place.set_row(thread, figures, 0.0f);
+    if (NEEDS_ROW && own_row < TILE_M) {
+        if (place.tile_row + own_row < place.args.rows)
+            figures = place.statistics[own_row * static_cast<u64>(place.args.statistics_stride)];
+        place.set_row(own_row, figures, 0.0f);
     }
     if (NEEDS_ROW) meet(5, FINISHING);
-    Chunks scores = place.load_scores(own_round(0));
-    for (u32 half = 0; half < 2; ++half) {
-        meet(1 + half, AT_HALF);
-#pragma unroll 1
-        for (u32 round = own_round(half * ROUNDS / 2); round < (half + 1) * ROUNDS / 2; round += FINISHING_WARPS) {
-            Chunks next = scores;
-            if (round + FINISHING_WARPS < ROUNDS) next = place.load_scores(round + FINISHING_WARPS);
-            Chunks grads = place.load_tile(round), weights;
-            const Row row = place.row(round);
-            float along = 0.0f;
 #pragma unroll
-            for (int i = 0; i < 4 * PIECES; ++i) {
-                const u32 score = pairs_of(scores)[i], grad = pairs_of(grads)[i];
-                const Terms low = backward_terms(low_of(score), low_of(grad), row);
-                const Terms high = backward_terms(high_of(score), high_of(grad), row);
-                pairs_of(weights)[i] = rounded_pair(low.weight, high.weight);
-                pairs_of(grads)[i] = rounded_pair(low.kept, high.kept);
-                along += low.along + high.along;  // the gradients of what is not there are zero
-            }
-            place.store(place.args.weights, round, weights);
-            if (NEEDS_ROW) place.store_part(round, make_float2(sum_of_eight(along), 0.0f));
-            else place.store(place.args.grads, round, grads);
-            if (KIND == L2_NORM_GELU)
-#pragma unroll
-                for (int piece = 0; piece < PIECES; ++piece) store_shared(place.shared(round, piece), grads.of[piece]);
-            scores = next;
+    for (int turn = 0; turn < OWN_ROUNDS; ++turn) {
+        const u32 round = own_round(turn);
+        wait_for_half(turn);
+        if (round < ROUNDS) {
+            const float along = look_first(place, round, held[turn]);
+            if (NEEDS_ROW) place.give_part_of_row(round, make_float2(sum_of_eight(along), 0.0f));
+            else place.store(place.args.grads, round, held[turn]);
         }
-        if (!NEEDS_ROW && !place.last) signal(3 + half, AT_HALF);
+        free_half(turn, place.last);
     }
     if (!NEEDS_ROW) return;
-    scores = place.load_scores(own_round(0));
-    meet(5, FINISHING);  // the figures of the first look have been read
-    if (thread < TILE_M)
-        place.set_row(thread, figures, whole_sum(place.partials + thread, place.tiles, place.padded_rows));
+    Chunks scores = place.load_scores(own_round(0));  // again: registers are short
+    meet(5, FINISHING);                               // the rows' figures of the first look have been read
+    if (own_row < TILE_M)
+        place.set_row(own_row, figures, whole_sum(place.partials + own_row, place.tiles, place.padded_rows));
     meet(5, FINISHING);
-    for (u32 half = 0; half < 2; ++half) {
-#pragma unroll 1
-        for (u32 round = own_round(half * ROUNDS / 2); round < (half + 1) * ROUNDS / 2; round += FINISHING_WARPS) {
-            Chunks next = scores;
-            if (round + FINISHING_WARPS < ROUNDS) next = place.load_scores(round + FINISHING_WARPS);
-            Chunks kept = place.load_tile(round);
+#pragma unroll
+    for (int turn = 0; turn < OWN_ROUNDS; ++turn) {
+        const u32 round = own_round(turn);
+        Chunks next;
+        if (turn + 1 < OWN_ROUNDS) next = place.load_scores(own_round(turn + 1));
+        if (round < ROUNDS) {
             const Row row = place.row(round);
 #pragma unroll
             for (int i = 0; i < 4 * PIECES; ++i) {
-                const u32 score = pairs_of(scores)[i], grad = pairs_of(kept)[i];
-                pairs_of(kept)[i] = rounded_pair(
+                const u32 score = pairs_of(scores)[i], grad = pairs_of(held[turn])[i];
+                pairs_of(held[turn])[i] = rounded_pair(
                     score_gradient(low_of(score), low_of(grad), row), score_gradient(high_of(score), high_of(grad), row));
             }
-            place.store(place.args.grads, round, kept);
-            scores = next;
+            place.store(place.args.grads, round, held[turn]);
         }
-        if (!place.last) signal(3 + half, AT_HALF);
+        scores = next;
     }
 }
 
 __device__ __forceinline__ void finish_tiles(const Arguments& args, u32 base, u32 block) {
     const Schedule schedule(args);
     const u32 lane = threadIdx.x & 31;
-    const u64 padded_rows = static_cast<u64>((args.rows + 2 * TILE_M - 1) / (2 * TILE_M)) * (2 * TILE_M);
+    const u64 padded_rows = static_cast<u64>((args.rows + BLOCKS * TILE_M - 1) / (BLOCKS * TILE_M)) * (BLOCKS * TILE_M);
     u32 turn = 0;
     signal(3, AT_HALF);
     signal(4, AT_HALF);
-    for (u32 number = blockIdx.x / 2; number < schedule.total; number += gridDim.x / 2, turn ^= 1) {
+    for (u32 number = blockIdx.x / BLOCKS; number < schedule.total; number += gridDim.x / BLOCKS, turn ^= 1) {
         const Tile tile = schedule(number, block);
         const u32 column = tile.token + (lane & 7) * 8;
         const Place place = {
@@ -655,7 +700,7 @@ __device__ __forceinline__ void finish_tiles(const Arguments& args, u32 base, u3
             tile.row * args.row_stride + static_cast<u64>(tile.projection) * args.n + column, padded_rows,
             args.partials + static_cast<u64>(tile.projection) * schedule.tiles_per_row * padded_rows + tile.row,
             args.statistics + static_cast<u64>(tile.row) * args.statistics_stride + tile.projection,
-            tile.index, schedule.tiles_per_row, number + gridDim.x / 2 >= schedule.total};
+            tile.index, schedule.tiles_per_row, number + gridDim.x / BLOCKS >= schedule.total};
 #ifdef ONLY_PRODUCTS
         for (u32 half = 0; half < 2; ++half) { meet(1 + half, AT_HALF); if (!place.last) signal(3 + half, AT_HALF); }
 #else
@@ -665,16 +710,16 @@ __device__ __forceinline__ void finish_tiles(const Arguments& args, u32 base, u3
     }
 }
 
-extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 1) pattention(
+extern "C" __global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(THREADS, 1) pattention(
     const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b, const __grid_constant__ Arguments args) {
     extern __shared__ unsigned char memory[];
     const u32 base = (shared_address(memory) + 1023) & ~1023u;
     const Ring ring = {base, base + OFFSET_BARRIERS, base + OFFSET_BARRIERS + 8 * STAGES, 0, 0};
-    const u32 block = blockIdx.x & 1, warp = threadIdx.x / 32;
+    const u32 block = blockIdx.x % BLOCKS, warp = threadIdx.x / 32;
     if (threadIdx.x == 0) {
         for (int stage = 0; stage < STAGES; ++stage) {
             barrier_init(ring.full + 8 * stage, 1);
-            barrier_init(ring.empty + 8 * stage, 4);  // two warpgroups in each of two blocks
+            barrier_init(ring.empty + 8 * stage, 2 * BLOCKS);  // two warpgroups in each block
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }

@@ -21,8 +21,10 @@ from torch import Tensor
 
 from tokenformer.ops.pattention import NORM_ACTIVATIONS, WeightKind
 
-TILE_ROWS, TILE_TOKENS, TILE_INNER = 256, 192, 64
-"""Of a cluster of two blocks: its rows, its parameter tokens, and how much of the inner axis is loaded at a time."""
+TILE_ROWS, TILE_TOKENS, TILE_INNER = 128, 192, 64
+"""Of a block: its rows, its parameter tokens, and how much of the inner axis is loaded at a time."""
+BLOCKS = 2
+"""Of a cluster, one below the other."""
 _SHARED_BYTES = 218_176
 _THREADS = 512
 _LEAST_ROWS = 1024
@@ -128,10 +130,10 @@ def _launch(
     rows, inner = a.shape
     projections, n, _ = b.shape
     in_all = scores.shape[0] // rows
-    row_tiles, tiles = -(-rows // TILE_ROWS), -(-n // TILE_TOKENS)
+    panels, tiles = -(-rows // (BLOCKS * TILE_ROWS)), -(-n // TILE_TOKENS)
     offset = 2 * n * first_projection
     needs_row = kind.norm_activation != "gelu"
-    partials = a.new_full((projections * tiles * row_tiles * TILE_ROWS * needs_row,), -1, dtype=torch.int64)
+    partials = a.new_full((projections * tiles * panels * BLOCKS * TILE_ROWS * needs_row,), -1, dtype=torch.int64)
     arguments = _Arguments(
         scores.data_ptr() + offset,
         weights.data_ptr() + offset,
@@ -148,27 +150,44 @@ def _launch(
         kind.tau,
         kind.norm_eps,
     )
-    map_a = _tensor_map(a.data_ptr(), (inner, rows), (a.stride(0),), (TILE_INNER, TILE_ROWS // 2))
+    map_a = _tensor_map(a.data_ptr(), (inner, rows), (a.stride(0),), (TILE_INNER, TILE_ROWS))
     map_b = _tensor_map(
-        b.data_ptr(), (inner, n, projections), (b.stride(1), b.stride(0)), (TILE_INNER, TILE_TOKENS // 2, 1)
+        b.data_ptr(), (inner, n, projections), (b.stride(1), b.stride(0)), (TILE_INNER, TILE_TOKENS // BLOCKS, 1)
     )
     pointers = (ctypes.c_void_p * 3)(map_a.getPtr(), map_b.getPtr(), ctypes.addressof(arguments))
-    clusters = min(_clusters(a.device.index, tiles if needs_row else 1), row_tiles * tiles * projections)
+    clusters = min(_clusters(a.device.index, tiles if needs_row else 1), panels * tiles * projections)
     with torch.cuda.device(a.device):
         kernel = _kernel(a.device.index, grads is not None, kind.norm_activation, kind.gelu_approximate)
         stream = torch.cuda.current_stream().cuda_stream
         _check(
             driver.cuLaunchKernel(
-                kernel, 2 * clusters, 1, 1, _THREADS, 1, 1, _SHARED_BYTES, stream, ctypes.addressof(pointers), 0
+                kernel, BLOCKS * clusters, 1, 1, _THREADS, 1, 1, _SHARED_BYTES, stream, ctypes.addressof(pointers), 0
             )
         )
 
 
-@functools.cache
 def _clusters(device: int, tiles: int) -> int:
     """How many clusters run at once: such that all tiles of a row, which wait for each other, run in the same round."""
-    resident = torch.cuda.get_device_properties(device).multi_processor_count // 2
-    return resident // tiles * tiles
+    return _resident(device) // tiles * tiles
+
+
+@functools.cache
+def _resident(device: int) -> int:
+    """How many clusters fit on the device at once; the same for all forms of the kernel, one block a multiprocessor."""
+    from cuda.bindings import driver
+
+    cluster = driver.CUlaunchAttribute()
+    cluster.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+    cluster.value.clusterDim.x, cluster.value.clusterDim.y, cluster.value.clusterDim.z = BLOCKS, 1, 1
+    config = driver.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = BLOCKS, 1, 1
+    config.blockDimX, config.blockDimY, config.blockDimZ = _THREADS, 1, 1
+    config.sharedMemBytes = _SHARED_BYTES
+    config.attrs, config.numAttrs = [cluster], 1
+    with torch.cuda.device(device):
+        torch.empty(1, device="cuda")  # makes the device's context the current one
+        (clusters,) = _check(driver.cuOccupancyMaxActiveClusters(_kernel(device, False, "gelu", "none"), config))
+    return int(clusters)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -205,6 +224,7 @@ def _kernel(device: int, backward: bool, norm_activation: Any, gelu_approximate:
         f"-DKIND={NORM_ACTIVATIONS.index(norm_activation)}",
         f"-DTANH={int(gelu_approximate == 'tanh')}",
         f"-DSHARED_BYTES_OF_HOST={_SHARED_BYTES}",
+        f"-DBLOCKS_OF_CLUSTER={BLOCKS}",
     )
     (module,) = _check(driver.cuModuleLoadData(_binary(defines)))
     (function,) = _check(driver.cuModuleGetFunction(module, b"pattention"))
