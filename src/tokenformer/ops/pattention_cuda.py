@@ -98,12 +98,16 @@ def pattention_forward(
     Returns p outputs [rows, d_out], and for the backward the scores [rows * p, n] and their statistics [rows * p, 2];
     both empty unless ``keep``.
     """
+    from tokenformer.ops import pattention_sm90
     from tokenformer.ops.pattention_rows import weights_forward
 
     n = key.shape[0] // projections
-    scores = torch.mm(x, key.t()).view(-1, n)
     kind = _kind(norm_activation, tau, gelu_approximate, norm_eps)
-    weights, statistics = weights_forward(scores, kind, keep=keep)
+    if keep and pattention_sm90.serves(x, key, n):
+        scores, weights, statistics = pattention_sm90.scores_and_weights(x, key, projections, kind)
+    else:
+        scores = torch.mm(x, key.t()).view(-1, n)
+        weights, statistics = weights_forward(scores, kind, keep=keep)
     by_projection = weights.view(-1, projections, n).unbind(1)
     outputs = [torch.mm(*pair) for pair in zip(by_projection, value.view(projections, n, -1), strict=True)]
     return (outputs, scores, statistics) if keep else (outputs, *_nothing_kept(x))
@@ -129,27 +133,38 @@ def pattention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, key and value from ``grads``, p times [rows, d_out]; of the tokens only within the spans
     [start, stop, start, stop, ...], arbitrary elsewhere; empty where none is wanted."""
-    from tokenformer.ops.pattention_rows import weights_backward
-
     projections, n = len(grads), scores.shape[1]
-    score_grads = torch.empty_like(scores)
-    by_projection = score_grads.view(-1, projections, n).unbind(1)
-    for grad, tokens, out in zip(grads, value.view(projections, n, -1), by_projection, strict=True):
-        torch.mm(grad, tokens.t(), out=out)
     kind = _kind(norm_activation, tau, gelu_approximate, norm_eps)
-    weights, score_grads = weights_backward(scores, score_grads, statistics, kind)
+    weights, score_grads = _through_weights(grads, scores, statistics, value, kind)
     value_grad = x.new_empty(value.shape if value_spans else 0, dtype=value_dtype)
     columns = weights.view(-1, projections, n)
     for start, stop in zip(value_spans[::2], value_spans[1::2], strict=True):
         p, first = divmod(start, n)
         part = columns[:, p, first : first + stop - start]
         _product(part.t(), grads[p], out=value_grad[start:stop])
-    del weights, columns, by_projection
+    del weights, columns
     score_grads = score_grads.view(-1, projections * n)
     key_grad = x.new_empty(key.shape if key_spans else 0, dtype=key_dtype)
     for start, stop in zip(key_spans[::2], key_spans[1::2], strict=True):
         _product(score_grads[:, start:stop].t(), x, out=key_grad[start:stop])
     return torch.mm(score_grads, key) if need_x else x.new_empty(0), key_grad, value_grad
+
+
+def _through_weights(
+    grads: list[Tensor], scores: Tensor, statistics: Tensor, value: Tensor, kind: WeightKind
+) -> tuple[Tensor, Tensor]:
+    """The weights again and the gradient of the scores, [rows * p, n] each."""
+    from tokenformer.ops import pattention_sm90
+    from tokenformer.ops.pattention_rows import weights_backward
+
+    projections, n = len(grads), scores.shape[1]
+    if all(pattention_sm90.serves(grad, value, n) for grad in grads):
+        return pattention_sm90.weights_and_score_grads(grads, value, scores, statistics, kind)
+    weight_grads = torch.empty_like(scores)
+    by_projection = weight_grads.view(-1, projections, n).unbind(1)
+    for grad, tokens, out in zip(grads, value.view(projections, n, -1), by_projection, strict=True):
+        torch.mm(grad, tokens.t(), out=out)
+    return weights_backward(scores, weight_grads, statistics, kind)
 
 
 @pattention_forward.register_fake

@@ -1,0 +1,272 @@
+"""Pattention's products that give scores, or the gradients of weights, with everything a score goes through next: one
+CUDA kernel for Hopper GPUs, ``pattention_sm90.cu``, compiled when it is first needed.
+
+The compiler is NVRTC, the launches go through the driver; both come with torch's CUDA builds (``cuda-bindings``).
+Compiled kernels are kept in Triton's cache. What it computes is that of :mod:`tokenformer.ops.pattention_rows` behind
+a product, which also serves where this does not.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import importlib.util
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenformer.ops.pattention import NORM_ACTIVATIONS, WeightKind
+
+TILE_ROWS, TILE_TOKENS, TILE_INNER = 128, 192, 64
+"""Of a block: its rows, its parameter tokens, and how much of the inner axis is loaded at a time."""
+BLOCKS = 2
+"""Of a cluster, one below the other."""
+_SHARED_BYTES = 218_176
+_THREADS = 512
+_LEAST_ROWS = 1024
+
+
+def serves(a: Tensor, b: Tensor, n: int) -> bool:
+    """Whether the kernel takes the product of ``a`` [rows, inner] and tokens ``b`` [p * n, inner], and is worth it."""
+    return (
+        _is_available()
+        and a.dtype == b.dtype == torch.bfloat16
+        and _is_hopper(a.device.index)
+        and _clusters(a.device.index, -(-n // TILE_TOKENS)) > 0
+        and a.shape[0] >= _LEAST_ROWS
+        and n >= TILE_TOKENS // 2
+        and n % 8 == 0
+        and all(_loads(t) for t in (a, b))
+    )
+
+
+def _loads(matrix: Tensor) -> bool:
+    """Whether the copy engine can load it: rows of whole 16 bytes."""
+    return (
+        matrix.stride(-1) == 1
+        and matrix.shape[-1] >= 8
+        and matrix.shape[-1] % 8 == 0
+        and matrix.stride(0) % 8 == 0
+        and matrix.data_ptr() % 16 == 0
+    )
+
+
+@functools.cache
+def _is_available() -> bool:
+    return all(importlib.util.find_spec(name) is not None for name in ("triton", "cuda.bindings"))
+
+
+@functools.cache
+def _is_hopper(device: int) -> bool:
+    return torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def scores_and_weights(x: Tensor, key: Tensor, projections: int, kind: WeightKind) -> tuple[Tensor, ...]:
+    """Scores, weights and the rows' statistics of ``x`` [rows, d_in] for ``key`` [p * n, d_in].
+
+    Returns:
+        scores [rows * p, n], weights [rows * p, n], statistics [rows * p, 2] (float32; arbitrary for ``gelu``).
+    """
+    rows, n = x.shape[0], key.shape[0] // projections
+    scores, weights = (x.new_empty(rows * projections, n) for _ in range(2))
+    statistics = x.new_empty(rows * projections, 2, dtype=torch.float32)
+    _launch(x, key.view(projections, n, -1), scores, weights, None, statistics, 0, kind)
+    return scores, weights, statistics
+
+
+def weights_and_score_grads(
+    grads: list[Tensor], value: Tensor, scores: Tensor, statistics: Tensor, kind: WeightKind
+) -> tuple[Tensor, Tensor]:
+    """The weights again and the gradient of the scores, [rows * p, n] each, from the outputs' gradients ``grads``,
+    p times [rows, d_out], and ``value`` [p * n, d_out]."""
+    weights, score_grads = (torch.empty_like(scores) for _ in range(2))
+    tokens = value.view(len(grads), scores.shape[1], -1)
+    for projection, grad in enumerate(grads):
+        _launch(
+            grad, tokens[projection : projection + 1], scores, weights, score_grads, statistics, projection, kind
+        )
+    return weights, score_grads
+
+
+class _Arguments(ctypes.Structure):
+    """``Arguments`` of the kernel."""
+
+    _fields_ = (
+        ("scores", ctypes.c_void_p),
+        ("weights", ctypes.c_void_p),
+        ("grads", ctypes.c_void_p),
+        ("statistics", ctypes.c_void_p),
+        ("partials", ctypes.c_void_p),
+        ("row_stride", ctypes.c_uint64),
+        ("statistics_stride", ctypes.c_uint32),
+        ("rows", ctypes.c_uint32),
+        ("n", ctypes.c_uint32),
+        ("inner", ctypes.c_uint32),
+        ("projections", ctypes.c_uint32),
+        ("root", ctypes.c_float),
+        ("tau", ctypes.c_float),
+        ("eps", ctypes.c_float),
+    )
+
+
+def _launch(
+    a: Tensor,
+    b: Tensor,
+    scores: Tensor,
+    weights: Tensor,
+    grads: Tensor | None,
+    statistics: Tensor,
+    first_projection: int,
+    kind: WeightKind,
+) -> None:
+    """``a`` [rows, inner], ``b`` [p, n, inner]; the rest as whole tensors, of which the p projections from
+    ``first_projection`` on are read and written."""
+    from cuda.bindings import driver
+
+    rows, inner = a.shape
+    projections, n, _ = b.shape
+    in_all = scores.shape[0] // rows
+    panels, tiles = -(-rows // (BLOCKS * TILE_ROWS)), -(-n // TILE_TOKENS)
+    offset = 2 * n * first_projection
+    needs_row = kind.norm_activation != "gelu"
+    partials = a.new_full((projections * tiles * panels * BLOCKS * TILE_ROWS * needs_row,), -1, dtype=torch.int64)
+    arguments = _Arguments(
+        scores.data_ptr() + offset,
+        weights.data_ptr() + offset,
+        grads.data_ptr() + offset if grads is not None else None,
+        statistics.data_ptr() + 8 * first_projection,
+        partials.data_ptr(),
+        in_all * n,
+        in_all,
+        rows,
+        n,
+        inner,
+        projections,
+        math.sqrt(kind.tau),
+        kind.tau,
+        kind.norm_eps,
+    )
+    map_a = _tensor_map(a.data_ptr(), (inner, rows), (a.stride(0),), (TILE_INNER, TILE_ROWS))
+    map_b = _tensor_map(
+        b.data_ptr(), (inner, n, projections), (b.stride(1), b.stride(0)), (TILE_INNER, TILE_TOKENS // BLOCKS, 1)
+    )
+    pointers = (ctypes.c_void_p * 3)(map_a.getPtr(), map_b.getPtr(), ctypes.addressof(arguments))
+    clusters = min(_clusters(a.device.index, tiles if needs_row else 1), panels * tiles * projections)
+    with torch.cuda.device(a.device):
+        kernel = _kernel(a.device.index, grads is not None, kind.norm_activation, kind.gelu_approximate)
+        stream = torch.cuda.current_stream().cuda_stream
+        _check(
+            driver.cuLaunchKernel(
+                kernel, BLOCKS * clusters, 1, 1, _THREADS, 1, 1, _SHARED_BYTES, stream, ctypes.addressof(pointers), 0
+            )
+        )
+
+
+def _clusters(device: int, tiles: int) -> int:
+    """How many clusters run at once: such that all tiles of a row, which wait for each other, run in the same round."""
+    return _resident(device) // tiles * tiles
+
+
+@functools.cache
+def _resident(device: int) -> int:
+    """How many clusters fit on the device at once; the same for all forms of the kernel, one block a multiprocessor."""
+    from cuda.bindings import driver
+
+    cluster = driver.CUlaunchAttribute()
+    cluster.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+    cluster.value.clusterDim.x, cluster.value.clusterDim.y, cluster.value.clusterDim.z = BLOCKS, 1, 1
+    config = driver.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = BLOCKS, 1, 1
+    config.blockDimX, config.blockDimY, config.blockDimZ = _THREADS, 1, 1
+    config.sharedMemBytes = _SHARED_BYTES
+    config.attrs, config.numAttrs = [cluster], 1
+    with torch.cuda.device(device):
+        torch.empty(1, device="cuda")  # makes the device's context the current one
+        (clusters,) = _check(driver.cuOccupancyMaxActiveClusters(_kernel(device, False, "gelu", "none"), config))
+    return int(clusters)
+
+
+@functools.lru_cache(maxsize=4096)
+def _tensor_map(address: int, sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]) -> Any:
+    """How the copy engine finds a tile: axes from the innermost on, strides in elements of the others."""
+    from cuda.bindings import driver
+
+    bfloat16 = driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+    (tensor_map,) = _check(
+        driver.cuTensorMapEncodeTiled(
+            bfloat16,
+            len(sizes),
+            address,
+            [driver.cuuint64_t(size) for size in sizes],
+            [driver.cuuint64_t(2 * stride) for stride in strides],
+            [driver.cuuint32_t(size) for size in box],
+            [driver.cuuint32_t(1) for _ in sizes],
+            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        )
+    )
+    return tensor_map
+
+
+@functools.cache
+def _kernel(device: int, backward: bool, norm_activation: Any, gelu_approximate: str) -> Any:
+    """The kernel in this device's context, which is current."""
+    from cuda.bindings import driver
+
+    defines = (
+        f"-DBACKWARD={int(backward)}",
+        f"-DKIND={NORM_ACTIVATIONS.index(norm_activation)}",
+        f"-DTANH={int(gelu_approximate == 'tanh')}",
+        f"-DSHARED_BYTES_OF_HOST={_SHARED_BYTES}",
+        f"-DBLOCKS_OF_CLUSTER={BLOCKS}",
+    )
+    (module,) = _check(driver.cuModuleLoadData(_binary(defines)))
+    (function,) = _check(driver.cuModuleGetFunction(module, b"pattention"))
+    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    _check(driver.cuFuncSetAttribute(function, attribute, _SHARED_BYTES))
+    return function
+
+
+def _binary(defines: tuple[str, ...]) -> bytes:
+    """The kernel compiled with these defines, from Triton's cache where it is there."""
+    from cuda.bindings import nvrtc
+    from triton.runtime.cache import get_cache_manager
+
+    source = Path(__file__).with_suffix(".cu").read_bytes()
+    options = ("--gpu-architecture=sm_90a", "--std=c++17", *defines)
+    version = _check(nvrtc.nvrtcVersion())
+    key = hashlib.sha256(source + repr((options, version)).encode()).hexdigest()
+    cache = get_cache_manager(key)
+    if (path := cache.get_file("pattention_sm90.cubin")) is not None:
+        return Path(path).read_bytes()
+    (program,) = _check(nvrtc.nvrtcCreateProgram(source, b"pattention_sm90.cu", 0, [], []))
+    encoded = [option.encode() for option in options]
+    (result,) = nvrtc.nvrtcCompileProgram(program, len(encoded), encoded)
+    if result != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+        (size,) = _check(nvrtc.nvrtcGetProgramLogSize(program))
+        log = b" " * size
+        _check(nvrtc.nvrtcGetProgramLog(program, log))
+        raise RuntimeError(f"pattention_sm90.cu does not compile with NVRTC {version}: {log.decode()}")
+    (size,) = _check(nvrtc.nvrtcGetCUBINSize(program))
+    binary = b" " * size
+    _check(nvrtc.nvrtcGetCUBIN(program, binary))
+    cache.put(binary, "pattention_sm90.cubin", binary=True)
+    return binary
+
+
+def _check(result: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What a call of the driver or the compiler returned beside its status.
+
+    Raises:
+        RuntimeError: the status is not success.
+    """
+    status, *values = result
+    if status != type(status)(0):
+        raise RuntimeError(f"pattention_sm90: {status!r}")
+    return tuple(values)
