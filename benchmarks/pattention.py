@@ -104,7 +104,7 @@ def measure(
     sizes = ((rows, d, 1.0), (n, d, d**-0.5), (n, d, n**-0.5), (rows, d, 1.0))
     x, key, value, grad = (torch.randn(a, b, device=device).mul_(std).to(dtype) for a, b, std in sizes)
     error, reference_error = errors(kind, x, key, value, grad)
-    if error > max(1e-5 if dtype == torch.float32 else 0, 1.1 * reference_error):
+    if error > max(1e-5 if dtype == torch.float32 else 0, 1.2 * reference_error):
         raise SystemExit(f"{norm_activation}: differs from float64 by {error:.1e}; nothing was timed")
 
     def published_formula(x: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -192,7 +192,7 @@ def gradients(
 def errors(kind: WeightKind, x: Tensor, key: Tensor, value: Tensor, grad: Tensor) -> tuple[float, float]:
     """Largest relative error (by norm) over the result and all gradients, of ours and of the definition in the same
     dtype, both against the definition in float64."""
-    rows = slice(0, min(256, x.shape[0]))
+    rows = slice(0, min(2048, x.shape[0]))  # enough for every kernel that whole inputs take
     exact, *others = (
         results(path, kind, x[rows], key, value, grad[rows], dtype)
         for path, dtype in (

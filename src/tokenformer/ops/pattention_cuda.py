@@ -103,7 +103,7 @@ def pattention_forward(
 
     n = key.shape[0] // projections
     kind = _kind(norm_activation, tau, gelu_approximate, norm_eps)
-    if keep and pattention_sm90.serves(x, key, n):
+    if keep and pattention_sm90.serves(x, key, n, kind, backward=False):
         scores, weights, statistics = pattention_sm90.scores_and_weights(x, key, projections, kind)
     else:
         scores = torch.mm(x, key.t()).view(-1, n)
@@ -158,7 +158,7 @@ def _through_weights(
     from tokenformer.ops.pattention_rows import weights_backward
 
     projections, n = len(grads), scores.shape[1]
-    if all(pattention_sm90.serves(grad, value, n) for grad in grads):
+    if all(pattention_sm90.serves(grad, value, n, kind, backward=True) for grad in grads):
         return pattention_sm90.weights_and_score_grads(grads, value, scores, statistics, kind)
     weight_grads = torch.empty_like(scores)
     by_projection = weight_grads.view(-1, projections, n).unbind(1)

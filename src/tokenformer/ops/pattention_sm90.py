@@ -28,12 +28,15 @@ BLOCKS = 2
 _SHARED_BYTES = 218_176
 _THREADS = 512
 _LEAST_ROWS = 1024
+PAYS: frozenset[tuple[str, bool]] = frozenset({("gelu", False), ("gelu", True)})
+"""Kinds, and whether in the backward, for which it was measured to be faster than a product and a pass behind it."""
 
 
-def serves(a: Tensor, b: Tensor, n: int) -> bool:
+def serves(a: Tensor, b: Tensor, n: int, kind: WeightKind, *, backward: bool) -> bool:
     """Whether the kernel takes the product of ``a`` [rows, inner] and tokens ``b`` [p * n, inner], and is worth it."""
     return (
-        _is_available()
+        (kind.norm_activation, backward) in PAYS
+        and _is_available()
         and a.dtype == b.dtype == torch.bfloat16
         and _is_hopper(a.device.index)
         and _clusters(a.device.index, -(-n // TILE_TOKENS)) > 0
@@ -87,7 +90,14 @@ def weights_and_score_grads(
     tokens = value.view(len(grads), scores.shape[1], -1)
     for projection, grad in enumerate(grads):
         _launch(
-            grad, tokens[projection : projection + 1], scores, weights, score_grads, statistics, projection, kind
+            grad,
+            tokens[projection : projection + 1],
+            scores,
+            weights,
+            score_grads,
+            statistics,
+            projection,
+            kind,
         )
     return weights, score_grads
 
@@ -133,7 +143,9 @@ def _launch(
     panels, tiles = -(-rows // (BLOCKS * TILE_ROWS)), -(-n // TILE_TOKENS)
     offset = 2 * n * first_projection
     needs_row = kind.norm_activation != "gelu"
-    partials = a.new_full((projections * tiles * panels * BLOCKS * TILE_ROWS * needs_row,), -1, dtype=torch.int64)
+    partials = a.new_full(
+        (projections * tiles * panels * BLOCKS * TILE_ROWS * needs_row,), -1, dtype=torch.int64
+    )
     arguments = _Arguments(
         scores.data_ptr() + offset,
         weights.data_ptr() + offset,
@@ -152,7 +164,10 @@ def _launch(
     )
     map_a = _tensor_map(a.data_ptr(), (inner, rows), (a.stride(0),), (TILE_INNER, TILE_ROWS))
     map_b = _tensor_map(
-        b.data_ptr(), (inner, n, projections), (b.stride(1), b.stride(0)), (TILE_INNER, TILE_TOKENS // BLOCKS, 1)
+        b.data_ptr(),
+        (inner, n, projections),
+        (b.stride(1), b.stride(0)),
+        (TILE_INNER, TILE_TOKENS // BLOCKS, 1),
     )
     pointers = (ctypes.c_void_p * 3)(map_a.getPtr(), map_b.getPtr(), ctypes.addressof(arguments))
     clusters = min(_clusters(a.device.index, tiles if needs_row else 1), panels * tiles * projections)
@@ -161,7 +176,17 @@ def _launch(
         stream = torch.cuda.current_stream().cuda_stream
         _check(
             driver.cuLaunchKernel(
-                kernel, BLOCKS * clusters, 1, 1, _THREADS, 1, 1, _SHARED_BYTES, stream, ctypes.addressof(pointers), 0
+                kernel,
+                BLOCKS * clusters,
+                1,
+                1,
+                _THREADS,
+                1,
+                1,
+                _SHARED_BYTES,
+                stream,
+                ctypes.addressof(pointers),
+                0,
             )
         )
 
@@ -186,7 +211,9 @@ def _resident(device: int) -> int:
     config.attrs, config.numAttrs = [cluster], 1
     with torch.cuda.device(device):
         torch.empty(1, device="cuda")  # makes the device's context the current one
-        (clusters,) = _check(driver.cuOccupancyMaxActiveClusters(_kernel(device, False, "gelu", "none"), config))
+        (clusters,) = _check(
+            driver.cuOccupancyMaxActiveClusters(_kernel(device, False, "gelu", "none"), config)
+        )
     return int(clusters)
 
 
