@@ -36,6 +36,7 @@ def serves(a: Tensor, b: Tensor, n: int, kind: WeightKind, *, backward: bool) ->
     """Whether the kernel takes the product of ``a`` [rows, inner] and tokens ``b`` [p * n, inner], and is worth it."""
     return (
         (kind.norm_activation, backward) in PAYS
+        and a.device.type == "cuda"
         and _is_available()
         and a.dtype == b.dtype == torch.bfloat16
         and _is_hopper(a.device.index)
@@ -60,7 +61,8 @@ def _loads(matrix: Tensor) -> bool:
 
 @functools.cache
 def _is_available() -> bool:
-    return all(importlib.util.find_spec(name) is not None for name in ("triton", "cuda.bindings"))
+    names = ("triton", "cuda", "cuda.bindings")  # in this order: a package is imported to look for what is in it
+    return all(importlib.util.find_spec(name) is not None for name in names)
 
 
 @functools.cache
