@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from step_sides import SIZES, RandomTask, stage_config, tokenformer_config
 from tokenformer.models.registry import build_model
 from tokenformer.train.checkpoint import export, writer
 from tokenformer.train.checkpoint.contents import TrainingCheckpoint
@@ -41,7 +42,7 @@ from tokenformer.train.optimizer import named_state
 from tokenformer.train.sections import CheckpointConfig
 from tokenformer.train.state import TrainingState
 from tokenformer.train.step import TrainStep
-from train_step import SIZES, RandomTask, random_batches, stage_config, tokenformer_config
+from train_step import random_batches
 
 MODES = ("process", "thread", "at once")
 POLICY = CheckpointConfig(keep_last=1)

@@ -38,12 +38,12 @@ import torch
 from torch import Tensor
 
 from decode_sides import GREEDY, Run, dtype_on, gpt_neox, hf_run, our_run, plain_run, synchronize
+from step_sides import SIZES, Size, tokenformer_config, transformer_config
 from tokenformer.generation import prepared
 from tokenformer.models.base import LanguageModel
 from tokenformer.models.quantize import quantize_model
 from tokenformer.models.registry import model_class
 from tokenformer.models.tokenformer.config import TokenFormerConfig
-from train_step import SIZES, Size, count, tokenformer_config, transformer_config
 
 SIDES = ("ours", "streamed", "fused", "graph", "int8", "plain", "transformer", "hf", "hf_static")
 PATHS: dict[str, prepared.StepPath] = {"streamed": "streamed", "fused": "fused", "graph": "model"}
@@ -230,7 +230,7 @@ def measure(
     token = statistics.median(tokens)
     return {
         **case._asdict(),
-        "parameters": count(model),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "weight_bytes": weights,
         "first_seconds": statistics.median(first for first, _ in times[WARM_UP:]),
         "token_seconds": token,

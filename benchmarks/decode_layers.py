@@ -20,10 +20,10 @@ from typing import Any
 import torch
 
 from decode import copy_bandwidth
+from step_sides import SIZES, tokenformer_config
 from tokenformer.generation.streamed import StreamedStep, cache_of
 from tokenformer.models.registry import model_class
 from tokenformer.ops.decode_layers import Cache, Layers
-from train_step import SIZES, tokenformer_config
 
 LENGTH = 512
 KINDS = ("gelu", "l2_norm_gelu", "gelu_l2_norm", "softmax")

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from step_sides import Size, shared_fields
 from tokenformer.generation.config import SamplingConfig
 from tokenformer.generation.engine import generate_stream
 from tokenformer.generation.feed import PlainFeed, Prefill
 from tokenformer.models.base import LanguageModel
-from train_step import Size, shared_fields
 
 GREEDY = SamplingConfig(temperature=0)
 Run = Callable[[Tensor, int], tuple[float, float]]

@@ -109,7 +109,7 @@ def fast_step(
     if device.type == "cuda":
         for block in model.blocks:  # type: ignore[union-attr]
             block.compile(dynamic=False)
-    step = TrainStep(model, _Task(), stage_config(size, cuda_graphs=cuda_graphs), device)  # type: ignore[arg-type]
+    step = TrainStep(model, RandomTask(), stage_config(size, cuda_graphs=cuda_graphs), device)  # type: ignore[arg-type]
     parts = [
         Batch(*part) for batch in batches for part in zip(*(x.chunk(passes) for x in batch[:2]), strict=True)
     ]
@@ -117,7 +117,7 @@ def fast_step(
     return lambda: step(endless, 0, passes).nats / (size.sequences * size.length)
 
 
-class _Task:
+class RandomTask:
     """What a training step needs of a task."""
 
     def loss(self, model: LanguageModel, batch: Batch) -> Any:

@@ -61,7 +61,11 @@ def _loads(matrix: Tensor) -> bool:
 
 @functools.cache
 def _is_available() -> bool:
-    names = ("triton", "cuda", "cuda.bindings")  # in this order: a package is imported to look for what is in it
+    names = (
+        "triton",
+        "cuda",
+        "cuda.bindings",
+    )  # in this order: a package is imported to look for what is in it
     return all(importlib.util.find_spec(name) is not None for name in names)
 
 
