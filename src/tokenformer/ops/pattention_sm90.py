@@ -25,6 +25,12 @@ TILE_ROWS, TILE_TOKENS, TILE_INNER = 128, 192, 64
 """Of a block: its rows, its parameter tokens, and how much of the inner axis is loaded at a time."""
 BLOCKS = 2
 """Of a cluster, one below the other."""
+_PARTS = (
+    "pattention_sm90_math.cuh",
+    "pattention_sm90_instructions.cuh",
+    "pattention_sm90_rows.cuh",
+    "pattention_sm90.cu",
+)
 _SHARED_BYTES = 218_176
 _THREADS = 512
 _LEAST_ROWS = 1024
@@ -271,7 +277,7 @@ def _binary(defines: tuple[str, ...]) -> bytes:
     from cuda.bindings import nvrtc
     from triton.runtime.cache import get_cache_manager
 
-    source = Path(__file__).with_suffix(".cu").read_bytes()
+    source = b"".join((Path(__file__).parent / part).read_bytes() for part in _PARTS)
     options = ("--gpu-architecture=sm_90a", "--std=c++17", *defines)
     version = _check(nvrtc.nvrtcVersion())
     key = hashlib.sha256(source + repr((options, version)).encode()).hexdigest()
