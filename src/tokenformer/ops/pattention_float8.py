@@ -28,7 +28,7 @@ _MULTIPLE = 16  # of every size of a product
 _LONGEST_ROW = 16384
 _TILE = (128, 128)  # of a transposition
 _TILE_WARPS = 8
-_LARGEST_BLOCK = 4096
+_BLOCK = 4096  # of tokens
 _MOST_EACH = 24  # scores that a thread holds
 _KEY_LARGEST, _VALUE_LARGEST, _KEY, _VALUE, _X, _WEIGHT, _SCORE_GRAD, _GRAD = range(8)
 """Rows of the table of numbers that are of a whole tensor: largest entries, then scales."""
@@ -366,23 +366,20 @@ def _tokens(tokens: Tensor, numbers: Tensor, largest: int, scale: int) -> tuple[
 
     n, features = tokens.shape
     quantized = torch.empty(n, features, dtype=FLOAT8, device=tokens.device)
-    transposed = torch.empty(features, n, dtype=FLOAT8, device=tokens.device)
-    find_largest[(-(-tokens.numel() // _LARGEST_BLOCK),)](
-        tokens, numbers[largest], tokens.numel(), BLOCK=_LARGEST_BLOCK
-    )
-    quantize_tokens[_tiles(n, features)](
+    scales = torch.empty(n, device=tokens.device)
+    grid = (-(-tokens.numel() // _BLOCK),)
+    find_largest[grid](tokens, numbers[largest], tokens.numel(), BLOCK=_BLOCK)
+    quantize_tokens[grid](
         tokens,
         numbers[largest],
         numbers[scale],
+        scales,
         quantized,
-        transposed.view(torch.int32),
         n,
-        features,
-        ROWS=_TILE[0],
-        COLUMNS=_TILE[1],
-        num_warps=_TILE_WARPS,
+        tokens.numel(),
+        BLOCK=_BLOCK,
     )
-    return quantized, transposed
+    return quantized, _transposed(quantized[None], scales[None], numbers[scale])[0]
 
 
 def _tiles(rows: int, columns: int) -> tuple[int, int]:

@@ -99,32 +99,18 @@ def find_largest(x, largest, count, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def quantize_tokens(
-    tokens,
-    largest,
-    scale_of_all,
-    quantized,
-    transposed,
-    n,
-    features,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    """[n, features] in float8, and transposed in words as by :func:`transpose_rows`; n is a multiple of 4."""
-    first_row, first_column = tl.program_id(0).to(tl.int64) * ROWS, tl.program_id(1).to(tl.int64) * COLUMNS
-    word, column = tl.arange(0, ROWS // 4), tl.arange(0, COLUMNS)
-    inside = (first_row + 4 * word < n)[:, None] & (first_column + column < features)[None, :]
+def quantize_tokens(tokens, largest, scale_of_all, scales, quantized, n, count, BLOCK: tl.constexpr):
+    """``count`` numbers of n rows in float8 with one scale, which ``scales`` [n] repeats for :func:`transpose_rows`.
+
+    Only one thing is done with a rounded number: a kernel that stored it and also put it into a word of the transposed
+    copy gave wrong bytes there on an H100, though the interpreter's were right.
+    """
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     scale = _scale_of(tl.load(largest))
-    start = first_row * features + first_column
-    words = tl.zeros((ROWS // 4, COLUMNS), tl.int32)
-    for i in tl.static_range(4):
-        offsets = (4 * word + i)[:, None] * features + column[None, :]
-        value = tl.load(tokens + start + offsets, mask=inside, other=0.0).to(tl.float32)
-        result = _rounded(value * (1 / scale), quantized.dtype.element_ty)
-        tl.store(quantized + start + offsets, result, mask=inside)
-        words |= _byte(result, i)
-    target = transposed + first_column * (n // 4) + first_row // 4
-    tl.store(target + (column[:, None] * (n // 4) + word[None, :]), tl.trans(words), mask=tl.trans(inside))
+    value = tl.load(tokens + index, mask=index < count, other=0.0).to(tl.float32)
+    result = _rounded(value * (1 / scale), quantized.dtype.element_ty)
+    tl.store(quantized + index, result, mask=index < count)
+    tl.store(scales + index, tl.full((BLOCK,), 1.0, tl.float32) * scale, mask=index < n)
     tl.store(scale_of_all, scale)
 
 
