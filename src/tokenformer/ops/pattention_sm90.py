@@ -34,7 +34,7 @@ _PARTS = (
 _SHARED_BYTES = 218_176
 _THREADS = 512
 _LEAST_ROWS = 1024
-PAYS: frozenset[tuple[str, bool]] = frozenset({("gelu", False), ("gelu", True)})
+PAYS: frozenset[tuple[str, bool]] = frozenset({("gelu", False), ("gelu", True), ("l2_norm_gelu", False)})
 """Kinds, and whether in the backward, for which it was measured to be faster than a product and a pass behind it."""
 
 
