@@ -149,6 +149,20 @@ def test_a_processor_is_not_served() -> None:
     assert not pattention_sm90.serves(x, key, 256, WeightKind("gelu", 256.0), backward=False)
 
 
+def test_a_kernel_that_cannot_be_had_is_said_once_and_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(device: int) -> int:
+        raise RuntimeError("no such compiler")
+
+    monkeypatch.setattr(pattention_sm90, "_count_resident", fail)
+    pattention_sm90._resident.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="not used: no such compiler"):
+            assert pattention_sm90._clusters(0, 4) == 0
+        assert pattention_sm90._clusters(0, 4) == 0  # without a further warning
+    finally:
+        pattention_sm90._resident.cache_clear()
+
+
 SHAPES = (  # rows, d_in, d_out, n, projections
     (1024, 64, 64, 256, 1),
     (1024, 64, 128, 128, 1),

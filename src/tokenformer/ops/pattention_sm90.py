@@ -13,6 +13,7 @@ import functools
 import hashlib
 import importlib.util
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -210,7 +211,16 @@ def _clusters(device: int, tiles: int) -> int:
 
 @functools.cache
 def _resident(device: int) -> int:
-    """How many clusters fit on the device at once; the same for all forms of the kernel, one block a multiprocessor."""
+    """How many clusters fit on the device at once; the same for all forms of the kernel, one block a multiprocessor.
+    None, with a warning, where the kernel cannot be compiled or loaded."""
+    try:
+        return _count_resident(device)
+    except RuntimeError as error:
+        warnings.warn(f"Pattention's kernel for Hopper GPUs is not used: {error}", stacklevel=2)
+        return 0
+
+
+def _count_resident(device: int) -> int:
     from cuda.bindings import driver
 
     cluster = driver.CUlaunchAttribute()
