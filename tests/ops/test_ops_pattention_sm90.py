@@ -188,7 +188,7 @@ def test_the_whole_is_a_product_and_its_passes(
 ) -> None:
     from tokenformer.ops.pattention_rows import weights_backward, weights_forward
 
-    every = frozenset((name, backward) for name in NORM_ACTIVATIONS for backward in (False, True))
+    every = {(name, backward): 0 for name in NORM_ACTIVATIONS for backward in (False, True)}
     monkeypatch.setattr(pattention_sm90, "PAYS", every)
     rows, d_in, d_out, n, projections = shape
     kind = WeightKind(norm_activation, float(n), "tanh" if size == 1 and n == 264 else "none")
