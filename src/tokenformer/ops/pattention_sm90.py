@@ -30,6 +30,7 @@ _PARTS = (
     "pattention_sm90_math.cuh",
     "pattention_sm90_instructions.cuh",
     "pattention_sm90_rows.cuh",
+    "pattention_sm90_finish.cuh",
     "pattention_sm90.cu",
 )
 _SHARED_BYTES = 218_176
