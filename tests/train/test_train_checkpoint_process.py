@@ -21,6 +21,7 @@ from tokenformer.growth.spec import GrowthSpec
 from tokenformer.models.directory import load_model
 from tokenformer.models.registry import build_model
 from tokenformer.models.tokenformer.config import TokenFormerConfig
+from tokenformer.train.checkpoint import worker as worker_module
 from tokenformer.train.checkpoint.contents import TrainingCheckpoint, read_checkpoint
 from tokenformer.train.checkpoint.folder import checkpoint_path, list_checkpoints
 from tokenformer.train.checkpoint.manifest import require_whole
@@ -176,12 +177,21 @@ def test_what_a_call_raises_is_raised_here() -> None:
         assert worker.call(divmod, 7, 2) == (3, 1)
 
 
+def test_one_that_does_nothing_yet_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "takes_a_minute.py").write_text("import time\ntime.sleep(60)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(worker_module, "_PATIENCE", 60.0)
+    before = time.monotonic()
+    with closing(Worker("is tested", "takes_a_minute")) as worker:
+        worker.start()
+    assert worker.pid is None
+    assert time.monotonic() - before < 30
+
+
 def test_it_ends_with_the_training_process() -> None:
     """Also in the middle of a call, and although a forked child holds the connection open."""
     code = """
 import os, signal, threading, time
-from tokenformer.train.checkpoint.shared_memory import SharedMemory
-from tokenformer.train.checkpoint.staging import Staging
 from tokenformer.train.checkpoint.worker import Worker
 worker = Worker("is tested")
 threading.Thread(target=worker.call, args=(time.sleep, 600), daemon=True).start()
