@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import resource
 import signal
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,7 +27,7 @@ from tokenformer.train.checkpoint import worker as worker_module
 from tokenformer.train.checkpoint.contents import TrainingCheckpoint, read_checkpoint
 from tokenformer.train.checkpoint.folder import checkpoint_path, list_checkpoints
 from tokenformer.train.checkpoint.manifest import require_whole
-from tokenformer.train.checkpoint.shared_memory import SharedMemory
+from tokenformer.train.checkpoint.shared_memory import SharedMemory, lay_out
 from tokenformer.train.checkpoint.staging import Staging
 from tokenformer.train.checkpoint.worker import Worker
 from tokenformer.train.checkpoint.writer import CheckpointWriter
@@ -188,6 +190,41 @@ def test_one_that_does_nothing_yet_is_not_waited_for(tmp_path: Path, monkeypatch
     assert time.monotonic() - before < 30
 
 
+@pytest.mark.parametrize("end", ["closed", "dropped", "larger"])
+def test_locked_pages_are_unlocked_while_they_are_there(end: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Addresses that stay registered pass for page-locked when something else lies there, which devices then do not
+    see: they copy from the former pages."""
+    registered: dict[int, int] = {}
+
+    def unregister(address: int) -> int:
+        size = registered.pop(address)
+        lines = [
+            line for line in Path("/proc/self/maps").read_text().splitlines() if "memfd:tokenformer" in line
+        ]
+        ranges = [[int(x, 16) for x in line.split()[0].split("-")] for line in lines]
+        assert any(start <= address and address + size <= stop for start, stop in ranges)
+        return 0
+
+    runtime = SimpleNamespace(
+        cudaHostRegister=lambda address, size, flags: registered.update({address: size}) or 0,
+        cudaHostUnregister=unregister,
+    )
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    memory = SharedMemory()
+    tensors = memory.tensors(lay_out({"weight": torch.empty(3000)}))
+    memory.lock_pages()
+    assert list(registered) == [tensors["weight"].data_ptr()]
+    if end == "larger":
+        memory.tensors(lay_out({"weight": torch.empty(3_000_000)}))
+    elif end == "closed":
+        memory.close()
+    else:
+        os.close(memory.descriptor)
+        del memory, tensors
+        gc.collect()
+    assert not registered
+
+
 def test_it_ends_with_the_training_process() -> None:
     """Also in the middle of a call, and although a forked child holds the connection open."""
     code = """
@@ -220,7 +257,8 @@ def test_the_next_update_waits_for_the_copy(tmp_path: Path) -> None:
     """The device copies beside the computation; an optimiser that updates at once does not change the checkpoint."""
     model = torch.nn.Linear(8192, 8192).cuda()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, fused=True)
-    staging = Staging(SharedMemory())
+    memory = SharedMemory()
+    staging = Staging(memory)
     optimizer.register_step_pre_hook(lambda *_: staging.hold_updates())
     for _ in range(5):
         expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -230,6 +268,8 @@ def test_the_next_update_waits_for_the_copy(tmp_path: Path) -> None:
         optimizer.step()
         staging.wait()
         assert all(torch.equal(staging.copies[name], tensor.cpu()) for name, tensor in expected.items())
+    staging.copies = {}
+    memory.close()
 
 
 @pytest.mark.gpu
