@@ -294,6 +294,25 @@ def test_tensors_on_a_device_are_written_alike(tmp_path: Path) -> None:
             assert files(one) == files(other)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_what_lies_there_later_does_not_pass_for_page_locked() -> None:
+    """The system gives the same addresses to the next who asks for as much."""
+    layout = lay_out({"weight": torch.empty(2**24)})
+    memory = SharedMemory()
+    weight = memory.tensors(layout)["weight"]
+    memory.lock_pages()
+    assert weight.is_pinned()
+    os.close(memory.descriptor)
+    del memory, weight
+    gc.collect()
+    with closing(SharedMemory()) as later:
+        weight = later.tensors(layout)["weight"].fill_(7)
+        assert not weight.is_pinned()
+        assert bool((weight.to("cuda", non_blocking=True) == 7).all())
+        del weight
+
+
 def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
