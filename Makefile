@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 
 help:
 	@echo "make quickstart   train, grow, compare, report: a few minutes on two CPU cores"
-	@echo "make test         checks, then the tests (under 10 minutes)"
+	@echo "make test         checks, then the tests, on up to 8 cores (some 5 minutes on two)"
 	@echo "make drills       runs that are killed, damaged, hung: nothing may be lost; some minutes"
 	@echo "make check        formatting, lint, types, import rules"
 	@echo "make format       format and fix what can be fixed"
@@ -30,8 +30,9 @@ quickstart: $(READY)
 drills: $(READY)
 	$(BIN)/python -m drills
 
+# a file's tests stay together: some share what is slow to begin
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow

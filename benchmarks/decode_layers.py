@@ -36,7 +36,7 @@ def main() -> None:
     )
     parser.add_argument("--model", choices=SIZES, default="1.5B")
     parser.add_argument("--stages", nargs="*", type=int, default=[8])
-    parser.add_argument("--pieces", nargs="*", type=int, default=[512])
+    parser.add_argument("--pieces", nargs="*", type=int, default=[256])
     parser.add_argument("--warps", nargs="*", type=int, default=[8])
     parser.add_argument("--cached", type=int, default=256, help="tokens in the cache")
     parser.add_argument("--norm-activation", default="l2_norm_gelu", choices=KINDS)
@@ -56,7 +56,9 @@ def main() -> None:
     state.counters.fill_(arguments.cached)
     step, cache = StreamedStep(model, state), cache_of(state)
     print(f"{torch.cuda.get_device_name()}, copy bandwidth {bandwidth / 1e12:.2f} TB/s, {arguments.model}")
-    print(f"{'stages':>6} {'piece':>6} {'ms':>8} {'memory':>7} {'no waiting':>10} {'error':>9}")
+    print(
+        f"{'warps':>5} {'piece':>5} {'stages':>6} {'ms':>8} {'of bandwidth':>12} {'no waiting':>10} {'error':>9}"
+    )
     expected = output(step.layers, cache, meet=False)
     results = []
     for warps, piece, stages in product(arguments.warps, arguments.pieces, arguments.stages):
@@ -68,7 +70,7 @@ def main() -> None:
             continue
         results.append({**layout, **result})
         print(
-            f"{warps:5} {piece:5} {stages:6} {result['seconds'] * 1e3:8.3f} {result['of_bandwidth']:7.3f} "
+            f"{warps:5} {piece:5} {stages:6} {result['seconds'] * 1e3:8.3f} {result['of_bandwidth']:12.3f} "
             f"{result['no_waiting'] * 1e3:10.3f} {result['error']:9.2e}",
             flush=True,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -106,6 +107,8 @@ def test_the_end_of_text_and_two_streams_at_once(
 def test_bfloat16_logits_are_as_near_as_those_of_plain_calls(
     name: str, quantized: bool, make_tokenformer: MakeModel, make_transformer: MakeModel
 ) -> None:
+    """One step from the same keys and values. Those of the prompt are not judged: in bfloat16 they are off by as much
+    as a plain step, and by more for int8, whose weights plain calls round to bfloat16; both sides would have that."""
     with torch.inference_mode(False):
         model = make(name, make_tokenformer, make_transformer).bfloat16()
         if quantized:
@@ -113,14 +116,18 @@ def test_bfloat16_logits_are_as_near_as_those_of_plain_calls(
     prompts = torch.randint(0, 600, (3, 200), device="cuda")
     state = model(prompts[:, :-1], state=model.initial_state(3)).state
     static = model.static_state(state, 256)
+    tensors = {field.name: getattr(static, field.name).clone() for field in dataclasses.fields(static)}
+    wide = dataclasses.replace(
+        static, **tensors | {name: tensors[name].double() for name in ("keys", "values")}
+    )
+    exact = copy.deepcopy(model).double()(prompts[:, -1:], state=wide).logits[:, -1]
     found = FusedStep(model, static)(prompts[:, -1:], static)
     plain = model(prompts[:, -1:], state=state).logits[:, -1]
-    exact = copy.deepcopy(model).double()(prompts).logits[:, -1]
 
     def error(logits: torch.Tensor) -> float:
         return float((logits.double() - exact).norm() / exact.norm())
 
-    assert error(found) < max(error(plain), 3e-3)
+    assert error(found) < error(plain) / 4
 
 
 @torch.inference_mode()

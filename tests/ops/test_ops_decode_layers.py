@@ -36,13 +36,27 @@ def test_which_shapes_are_served() -> None:
     assert Shape(1536, 16, 1536, 1536, 6144).phases() == [576, 576, 192, 192, 768, 768]
 
 
+def test_what_is_on_its_way_fits_a_multiprocessor() -> None:
+    from tokenformer.ops.decode_layers import ROWS, pieces_and_stages
+
+    assert pieces_and_stages(1536, 2) == (256, 8)
+    assert pieces_and_stages(768, 2) == (256, 16)
+    for hidden in (16, 80, 1024, 2048, 4096):
+        piece, stages = pieces_and_stages(hidden, 2)
+        assert hidden % piece == 0
+        assert 2 <= stages <= 16
+        assert (stages - 1) * ROWS * hidden * 2 < 227 * 1024
+
+
 COMPILED = """
 import re, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from tokenformer.ops.decode_layers import pieces_and_stages
 from tokenformer.ops.decode_layers_triton import layers
+piece, stages = pieces_and_stages(1536, 2)
 constants = dict(KIND=1, TANH=False, EXACT=False, SPLITS=8, ROTARY=24, FEATURES=128, BLOCK=64)
-constants |= dict(ROWS=8, PIECE=512, PIECES=3, STAGES=8, TURNS=None, PART=0, MEET=True)
+constants |= dict(ROWS=8, PIECE=piece, PIECES=1536 // piece, STAGES=stages, TURNS=None, PART=0, MEET=True)
 types = dict.fromkeys(("stream", "key_cache", "value_cache"), "*bf16")
 types |= dict.fromkeys(("space", "cosine", "sine"), "*fp32") | {"counters": "*i32"}
 types |= dict.fromkeys(("lengths", "starts", "positions"), "*i64") | dict.fromkeys(constants, "constexpr")
@@ -69,6 +83,6 @@ def test_compiled_for_a_gpu_weights_alone_are_pipelined() -> None:
         [sys.executable, "-"], input=COMPILED, capture_output=True, text=True, env=environment, check=False
     )
     assert made.returncode == 0, made.stderr[-2000:]
-    # of three pieces: seven chunks before the loop, and one in it
-    assert made.stdout.splitlines() == ["24 {('8x512', 'bf16')}", made.stdout.splitlines()[1]]
+    # of six pieces: seven chunks before the loop, and one in it
+    assert made.stdout.splitlines() == ["48 {('8x256', 'bf16')}", made.stdout.splitlines()[1]]
     assert int(made.stdout.splitlines()[1]) < 227 * 1024

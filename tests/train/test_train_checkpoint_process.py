@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import resource
 import signal
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,10 +23,11 @@ from tokenformer.growth.spec import GrowthSpec
 from tokenformer.models.directory import load_model
 from tokenformer.models.registry import build_model
 from tokenformer.models.tokenformer.config import TokenFormerConfig
+from tokenformer.train.checkpoint import worker as worker_module
 from tokenformer.train.checkpoint.contents import TrainingCheckpoint, read_checkpoint
 from tokenformer.train.checkpoint.folder import checkpoint_path, list_checkpoints
 from tokenformer.train.checkpoint.manifest import require_whole
-from tokenformer.train.checkpoint.shared_memory import SharedMemory
+from tokenformer.train.checkpoint.shared_memory import SharedMemory, lay_out
 from tokenformer.train.checkpoint.staging import Staging
 from tokenformer.train.checkpoint.worker import Worker
 from tokenformer.train.checkpoint.writer import CheckpointWriter
@@ -176,12 +179,56 @@ def test_what_a_call_raises_is_raised_here() -> None:
         assert worker.call(divmod, 7, 2) == (3, 1)
 
 
+def test_one_that_does_nothing_yet_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "takes_a_minute.py").write_text("import time\ntime.sleep(60)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(worker_module, "_PATIENCE", 60.0)
+    before = time.monotonic()
+    with closing(Worker("is tested", "takes_a_minute")) as worker:
+        worker.start()
+    assert worker.pid is None
+    assert time.monotonic() - before < 30
+
+
+@pytest.mark.parametrize("end", ["closed", "dropped", "larger"])
+def test_locked_pages_are_unlocked_while_they_are_there(end: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Addresses that stay registered pass for page-locked when something else lies there, which devices then do not
+    see: they copy from the former pages."""
+    registered: dict[int, int] = {}
+
+    def unregister(address: int) -> int:
+        size = registered.pop(address)
+        lines = [
+            line for line in Path("/proc/self/maps").read_text().splitlines() if "memfd:tokenformer" in line
+        ]
+        ranges = [[int(x, 16) for x in line.split()[0].split("-")] for line in lines]
+        assert any(start <= address and address + size <= stop for start, stop in ranges)
+        return 0
+
+    runtime = SimpleNamespace(
+        cudaHostRegister=lambda address, size, flags: registered.update({address: size}) or 0,
+        cudaHostUnregister=unregister,
+    )
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    memory = SharedMemory()
+    tensors = memory.tensors(lay_out({"weight": torch.empty(3000)}))
+    memory.lock_pages()
+    assert list(registered) == [tensors["weight"].data_ptr()]
+    if end == "larger":
+        memory.tensors(lay_out({"weight": torch.empty(3_000_000)}))
+    elif end == "closed":
+        memory.close()
+    else:
+        os.close(memory.descriptor)
+        del memory, tensors
+        gc.collect()
+    assert not registered
+
+
 def test_it_ends_with_the_training_process() -> None:
     """Also in the middle of a call, and although a forked child holds the connection open."""
     code = """
 import os, signal, threading, time
-from tokenformer.train.checkpoint.shared_memory import SharedMemory
-from tokenformer.train.checkpoint.staging import Staging
 from tokenformer.train.checkpoint.worker import Worker
 worker = Worker("is tested")
 threading.Thread(target=worker.call, args=(time.sleep, 600), daemon=True).start()
@@ -210,7 +257,8 @@ def test_the_next_update_waits_for_the_copy(tmp_path: Path) -> None:
     """The device copies beside the computation; an optimiser that updates at once does not change the checkpoint."""
     model = torch.nn.Linear(8192, 8192).cuda()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, fused=True)
-    staging = Staging(SharedMemory())
+    memory = SharedMemory()
+    staging = Staging(memory)
     optimizer.register_step_pre_hook(lambda *_: staging.hold_updates())
     for _ in range(5):
         expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -220,6 +268,8 @@ def test_the_next_update_waits_for_the_copy(tmp_path: Path) -> None:
         optimizer.step()
         staging.wait()
         assert all(torch.equal(staging.copies[name], tensor.cpu()) for name, tensor in expected.items())
+    staging.copies = {}
+    memory.close()
 
 
 @pytest.mark.gpu
@@ -242,6 +292,25 @@ def test_tensors_on_a_device_are_written_alike(tmp_path: Path) -> None:
             one, other = (checkpoint_path(run, step) for run in runs)
             assert len(list(one.glob("tensors/*.distcp"))) > 1
             assert files(one) == files(other)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_what_lies_there_later_does_not_pass_for_page_locked() -> None:
+    """The system gives the same addresses to the next who asks for as much."""
+    layout = lay_out({"weight": torch.empty(2**24)})
+    memory = SharedMemory()
+    weight = memory.tensors(layout)["weight"]
+    memory.lock_pages()
+    assert weight.is_pinned()
+    os.close(memory.descriptor)
+    del memory, weight
+    gc.collect()
+    with closing(SharedMemory()) as later:
+        weight = later.tensors(layout)["weight"].fill_(7)
+        assert not weight.is_pinned()
+        assert bool((weight.to("cuda", non_blocking=True) == 7).all())
+        del weight
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:

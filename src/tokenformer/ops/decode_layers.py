@@ -14,8 +14,8 @@ from tokenformer.ops.pattention import NORM_ACTIVATIONS, WeightKind
 ROWS = 8
 """Rows of the model's width in a chunk; so many times the width a Pattention may have parameter tokens."""
 
-_LARGEST_PIECE = 512
-_SHARED_MEMORY = 200_000  # bytes of a multiprocessor for chunks on their way
+_LARGEST_PIECE = 256
+_SHARED_MEMORY = 190_000  # bytes of a multiprocessor for chunks on their way
 _MOST_STAGES = 16
 
 
@@ -37,6 +37,14 @@ class Shape(NamedTuple):
         """Whether the kernel's chunks fit it."""
         ratios = [n / self.hidden for n in (self.qkv, self.proj, self.ffn)]
         return self.hidden % 16 == 0 and all(ratio in (1, 2, 4, 8) for ratio in ratios)
+
+
+def pieces_and_stages(hidden: int, element_size: int) -> tuple[int, int]:
+    """Columns of a chunk taken at once, and chunks on the way (that at work included). At d = 1536 and 768 they are the
+    fastest of those in docs/performance.md."""
+    chunk_bytes = ROWS * hidden * element_size
+    stages = max(2, min(_MOST_STAGES, _SHARED_MEMORY // chunk_bytes + 1))
+    return min(hidden & -hidden, _LARGEST_PIECE), stages
 
 
 class Tau(NamedTuple):
@@ -132,8 +140,8 @@ class Layers(NamedTuple):
     def launch(self, cache: Cache, begin: int, end: int, part: int, *, meet: bool) -> None:
         """Chunks ``begin`` to ``end``."""
         d, head_size = self.shape.hidden, self.shape.hidden // self.shape.heads
-        piece = self.piece or min(d & -d, _LARGEST_PIECE)
-        chunk_bytes = ROWS * d * self.stream.element_size()
+        piece, stages = pieces_and_stages(d, self.stream.element_size())
+        piece, stages = self.piece or piece, self.stages or stages
         turns = -(-end // self.programs) - begin // self.programs
         options: dict[str, Any] = {"launch_cooperative_grid": True} if meet else {}
         layers[(self.programs,)](
@@ -167,7 +175,7 @@ class Layers(NamedTuple):
             ROWS=ROWS,
             PIECE=piece,
             PIECES=d // piece,
-            STAGES=self.stages or max(2, min(_MOST_STAGES, _SHARED_MEMORY // chunk_bytes + 1)),
+            STAGES=stages,
             TURNS=None if self.stream.is_cuda else turns,
             PART=part,
             MEET=meet,

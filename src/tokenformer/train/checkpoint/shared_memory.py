@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import mmap
 import os
+import weakref
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import NamedTuple
@@ -59,7 +60,7 @@ class SharedMemory:
             descriptor = os.memfd_create("tokenformer-checkpoint")
         self.descriptor = descriptor
         self._map: mmap.mmap | None = None
-        self._locked: Tensor | None = None
+        self._locked: weakref.finalize[..., SharedMemory] | None = None
 
     def tensors(self, layout: Layout) -> dict[str, Tensor]:
         """The tensors of ``layout``, in this memory; those of a former layout must not be used any more where this
@@ -89,7 +90,10 @@ class SharedMemory:
         runtime = torch.cuda.cudart()
         result = runtime.cudaHostRegister(whole.data_ptr(), whole.numel(), _REGISTER_PORTABLE)
         if int(result) == 0:
-            self._locked = whole
+            # also where nobody closes this: what came to lie at these addresses later would pass for page-locked, and
+            # devices would copy from the pages that were here
+            self._locked = weakref.finalize(self, _unregister, whole)
+            self._locked.atexit = False  # the process's end does the same
             return
         with suppress(RuntimeError):  # CUDA reports the error once more, to whoever comes next
             torch.zeros(1, device="cuda")
@@ -103,7 +107,7 @@ class SharedMemory:
 
     def _unlock(self) -> None:
         if self._locked is not None:
-            torch.cuda.cudart().cudaHostUnregister(self._locked.data_ptr())
+            self._locked()
             self._locked = None
 
     def _tensor(self, place: Place) -> Tensor:
@@ -115,3 +119,8 @@ class SharedMemory:
         return torch.frombuffer(self._map, dtype=place.dtype, count=count, offset=place.offset).view(
             place.shape
         )
+
+
+def _unregister(whole: Tensor) -> None:
+    """Of memory that is still mapped, as ``whole`` keeps it."""
+    torch.cuda.cudart().cudaHostUnregister(whole.data_ptr())

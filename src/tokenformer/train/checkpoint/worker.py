@@ -60,6 +60,7 @@ class Worker:
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
         self._closed = False
+        self._calling = False
         self._starting = threading.Lock()
 
     @property
@@ -122,6 +123,7 @@ class Worker:
         ends: list[str] = []
         for _ in range(_ATTEMPTS):
             connection = self.start()
+            self._calling = True
             try:
                 connection.send((function, arguments))
                 value, error = connection.recv()
@@ -134,13 +136,18 @@ class Worker:
                 if error is not None:
                     raise error
                 return value
+            finally:
+                self._calling = False
         raise TokenFormerError(
             f"the process that {self._name} {' and then '.join(ends)} (where memory is short the system kills some)"
         )
 
     def close(self) -> None:
-        """End the process, in the middle of its call if there is one."""
+        """End the process; in the middle of a call it has some seconds to complete it."""
         self._closed = True
+        process = self._process
+        if process is not None and not self._calling:
+            process.kill()  # it has nothing to do, or is still at its imports
         if self._connection is not None:
             # a thread that waits for an answer wakes up, and the process sees the end
             with suppress(OSError), socket.socket(fileno=os.dup(self._connection.fileno())) as line:
@@ -170,10 +177,10 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     threading.Thread(target=_end_with, args=(int(sys.argv[2]),), daemon=True).start()
+    connection = Connection(int(sys.argv[1]))
+    importlib.import_module(sys.argv[3])  # takes seconds where it needs torch, and far more with low priority
     with suppress(OSError):
         os.nice(_NICE)
-    connection = Connection(int(sys.argv[1]))
-    importlib.import_module(sys.argv[3])  # takes seconds where it needs torch
     with suppress(EOFError, ConnectionError):
         while True:
             function, arguments = connection.recv()
