@@ -37,8 +37,8 @@ _SHARED_BYTES = 218_176
 _THREADS = 512
 _LEAST_ROWS = 1024
 PAYS = {("gelu", False): 0, ("gelu", True): 0, ("l2_norm_gelu", False): 2048}
-"""Kinds, and whether in the backward, for which it was measured to be faster than a product and a pass behind it: from so
-many parameter tokens on. (With row norms at n = 768 it was slower, at 3072 faster; nothing between was measured.)"""
+"""Kinds, and whether in the backward, for which it was measured to be faster than a product and a pass behind it: from
+so many parameter tokens on. (With row norms at n = 768 it was slower, at 3072 faster; nothing between was measured.)"""
 _NEVER = 1 << 62
 
 
