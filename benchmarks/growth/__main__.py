@@ -69,7 +69,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     figures.add_argument("results", type=Path, nargs="+")
     figures.add_argument("--out", type=Path, required=True)
     figures.add_argument(
-        "--runs", nargs="+", default=[], help="names of runs of any groups: one figure of these, FILE.svg at --out"
+        "--runs",
+        nargs="+",
+        default=[],
+        help="names of runs of any groups: one figure of these, FILE.svg at --out",
     )
     figures.set_defaults(command=draw_figures)
     return parser.parse_args(argv)

@@ -93,7 +93,7 @@ def draw_chosen(results: Sequence[Result], names: Sequence[str], path: Path) -> 
     Raises:
         TokenFormerError: a name that no result with a curve has.
     """
-    chosen = {name: runs for name, runs in by_name(r for r in results if r.get("curve")).items()}
+    chosen = by_name(result for result in results if result.get("curve"))
     if missing := [name for name in names if name not in chosen]:
         raise TokenFormerError(f"--runs: no result named {', '.join(missing)}")
     path.parent.mkdir(parents=True, exist_ok=True)

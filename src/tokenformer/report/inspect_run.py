@@ -183,13 +183,18 @@ def _run_table(facts: dict[str, Any], config: RunConfig) -> Table:
     return Table(f"{facts['kind']}: {facts['path']}", ("field", "value"), rows)
 
 
+def _growth(grow: dict[str, Any] | None) -> str:
+    fields = (grow or {}).items()
+    return ", ".join(f"{name} {value}" for name, value in fields if value != "zero_keys") or "-"
+
+
 def _stage_table(stages: list[dict[str, Any]]) -> Table:
     rows = [
         (
             stage["name"],
             count(stage["steps"]),
             count(stage["tokens"]),
-            ", ".join(f"{name} {value}" for name, value in (stage["grow"] or {}).items()) or "-",
+            _growth(stage["grow"]),
             f"{stage['lr']:g}",
             stage["schedule"],
         )
