@@ -12,8 +12,8 @@ _EXAMPLES = """
 
 `tokenformer report runs/ladder runs/from-scratch --out reports/growth`
 
-`tokenformer report runs/mine+runs/larger runs/from-scratch --out reports/growth` : the larger model counts with the small
-stage that it was grown from
+`tokenformer report runs/mine+runs/larger runs/from-scratch --out reports/growth` : the larger model's compute includes
+that of the small one it was grown from
 """
 
 
