@@ -68,6 +68,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     figures = commands.add_parser("figures", help="draw loss against FLOPs, and the sweeps")
     figures.add_argument("results", type=Path, nargs="+")
     figures.add_argument("--out", type=Path, required=True)
+    figures.add_argument(
+        "--runs",
+        nargs="+",
+        default=[],
+        help="names of runs of any groups: one figure of these, FILE.svg at --out",
+    )
     figures.set_defaults(command=draw_figures)
     return parser.parse_args(argv)
 
@@ -141,8 +147,11 @@ def print_statistics(arguments: argparse.Namespace) -> None:
 
 
 def draw_figures(arguments: argparse.Namespace) -> None:
-    from benchmarks.growth.figures import draw_all, read_all
+    from benchmarks.growth.figures import draw_all, draw_chosen, read_all
 
+    if arguments.runs:
+        print(draw_chosen(read_all(arguments.results), arguments.runs, arguments.out))
+        return
     for path in draw_all(read_all(arguments.results), arguments.out):
         print(path)
 

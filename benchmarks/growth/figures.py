@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.growth.execute import Result
+
+from tokenformer.errors import TokenFormerError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -85,6 +87,27 @@ def _first_step(result: Result) -> int:
     return int(result["curve"][-1][1]) - int(result["effective"]["steps"])
 
 
+def draw_chosen(results: Sequence[Result], names: Sequence[str], path: Path) -> Path:
+    """One figure of loss against total FLOPs over runs of several groups, labelled by side, size and budget.
+
+    Raises:
+        TokenFormerError: a name that no result with a curve has.
+    """
+    chosen = by_name(result for result in results if result.get("curve"))
+    if missing := [name for name in names if name not in chosen]:
+        raise TokenFormerError(f"--runs: no result named {', '.join(missing)}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    runs = [run for name in names for run in chosen[name]]
+    return _figure(path, lambda axes: draw_curves(axes, runs, results, labels=_sizes_and_budgets(runs)))
+
+
+def _sizes_and_budgets(results: Sequence[Result]) -> dict[str, str]:
+    return {
+        run["name"]: f"{run['side']}, {run['parameters'] / 1e6:.0f}M, {run['flops'] / 1e15:.3g} PFLOP"
+        for run in results
+    }
+
+
 def draw_all(results: Sequence[Result], out: Path) -> list[Path]:
     """For each group its curves of loss against total FLOPs, its ends, and its sweep where a rate was varied."""
     out.mkdir(parents=True, exist_ok=True)
@@ -103,12 +126,18 @@ def draw_all(results: Sequence[Result], out: Path) -> list[Path]:
     return written
 
 
-def draw_curves(axes: Axes, results: Sequence[Result], everything: Sequence[Result]) -> None:
+def draw_curves(
+    axes: Axes,
+    results: Sequence[Result],
+    everything: Sequence[Result],
+    labels: Mapping[str, str] | None = None,
+) -> None:
     """Validation against total FLOPs, the median over seeds of each kind of run; a grown run's line begins with its
-    parent's."""
+    parent's. ``labels``: by name, in place of sides."""
     named = by_name(results)
-    sides = {name: runs[0]["side"] for name, runs in named.items()}
-    labels = sides if len(set(sides.values())) == len(sides) else {name: name for name in sides}
+    if labels is None:
+        sides = {name: runs[0]["side"] for name, runs in named.items()}
+        labels = sides if len(set(sides.values())) == len(sides) else {name: name for name in sides}
     for index, (name, runs) in enumerate(named.items()):
         lines = [whole_curve(run, everything) for run in runs]
         shortest = min(len(line) for line in lines)
@@ -168,11 +197,12 @@ def whole_curve(result: Result, everything: Sequence[Result]) -> list[list[float
 
 
 def growth_points(result: Result, everything: Sequence[Result]) -> list[float]:
-    """Total FLOPs at which the model was made larger."""
+    """Total FLOPs at which the model was made larger; a run that only goes on with its parent's model marks nothing."""
     parent = _parent(result, everything)
     if parent is None:
         return []
-    return [*growth_points(parent, everything), parent["total_flops"]]
+    grown = [parent["total_flops"]] if parent["parameters"] != result["parameters"] else []
+    return [*growth_points(parent, everything), *grown]
 
 
 def _parent(result: Result, everything: Sequence[Result]) -> Result | None:

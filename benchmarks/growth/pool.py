@@ -183,8 +183,9 @@ class Pool:
         found = self.results.get(run.id)
         if found is None or found.get("failed"):
             return False
-        same = run.model_dump(mode="json")
-        return all(found.get(name) == value for name, value in same.items() if name != "round")
+        fields = {name: value for name, value in found.items() if name in Run.model_fields}
+        done = Run.model_validate(fields | {"round": run.round})  # fields that came later have their defaults
+        return done == run
 
     def _has_checkpoint(self, run_id: str) -> bool:
         result = self.results.get(run_id, {})

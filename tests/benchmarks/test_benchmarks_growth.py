@@ -50,7 +50,7 @@ def read(out: Path) -> dict[str, dict[str, Any]]:
 
 def test_every_run_has_a_result_with_its_configuration(finished: tuple[Path, Path]) -> None:
     results = read(finished[1])
-    assert len(results) == 14
+    assert len(results) == 15
     assert (
         results["normed#0"]["val"] != results["large#0"]["val"]
     )  # normed queries and keys, and nothing else
@@ -73,7 +73,7 @@ def test_budgets_count_the_smaller_stages(finished: tuple[Path, Path]) -> None:
 
 def test_exact_growth_is_exact_and_watched(finished: tuple[Path, Path]) -> None:
     results = read(finished[1])
-    for name in ("grown/moments=keep#0", "grown/moments=reset#0", "ladder#0", "wide#0"):
+    for name in ("grown/moments=keep#0", "grown/moments=reset#0", "values#0", "ladder#0", "wide#0"):
         assert results[name]["started"]["relative_change"] < 1e-6
     assert results["deep#0"]["started"]["relative_change"] > 1e-6  # stacking moves the function
     watched = results["grown/moments=keep#0"]
@@ -96,6 +96,13 @@ def test_a_finished_plan_is_not_done_again_and_a_changed_run_is(
     planned = run_command("run", changed, "--data", data, "--out", out, "--dry")
     assert planned.startswith("deep#0")
     assert "1 runs" in planned
+
+
+def test_results_from_before_a_field_came_count(finished: tuple[Path, Path], tmp_path: Path) -> None:
+    old = (finished[1] / "results.jsonl").read_text("utf-8").replace(', "new_tokens": "zero_keys"', "")
+    assert old.count("new_tokens") == 1  # zero_values
+    (tmp_path / "results.jsonl").write_text(old, "utf-8")
+    assert "0 runs" in run_command("run", TINY, "--data", finished[0], "--out", tmp_path, "--dry")
 
 
 def test_what_cannot_end_in_time_is_left_out(finished: tuple[Path, Path], tmp_path: Path) -> None:
@@ -122,6 +129,12 @@ def test_table_and_figures(finished: tuple[Path, Path], tmp_path: Path) -> None:
     assert "grown/moments=keep: loss moved by 0 at once" in table.split("== growth")[1]
     drawn = run_command("figures", results, "--out", tmp_path / "figures").splitlines()
     assert [Path(path).name for path in drawn] == ["runs-flops.svg", "runs-rates.svg", "runs-ends.svg"]
+    chosen = tmp_path / "chosen" / "two.svg"
+    run_command("figures", results, "--runs", "grown/moments=keep", "large", "--out", chosen)
+    drawn.append(str(chosen))
+    text = chosen.read_text("utf-8")
+    assert "grown, 0M, 3e-07 PFLOP (1)" in text
+    assert "copies, " not in text
     assert all(Path(path).read_text("utf-8").rstrip().endswith("</svg>") for path in drawn)
 
 

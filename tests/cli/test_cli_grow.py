@@ -96,6 +96,19 @@ class TestModelDirectory:
         assert [step.init for step in config.growth_history] == ["exact", "copies", "random"]
         assert config.groups("ffn") == (16, 16, 16, 16, 64)
 
+    def test_values_of_zero(self, run_command: Callable[..., Any]) -> None:
+        done = run_command("grow", "small", "--out", "large", "--factor", 2, "--new-tokens", "zero_values")
+        assert done.code == 0, done.err
+        assert change_of_logits(done.out) == 0
+        assert "new values zero" in done.out
+        model = load_model("large")
+        assert not model.blocks[0].ffn.value_tokens[1].any()
+        assert model.blocks[0].ffn.key_tokens[1].abs().min() > 0
+        assert (
+            "1. Grown (`exact`, new values zero) to 16 / 16 / 32 tokens"
+            in Path("large/README.md").read_text()
+        )
+
     def test_the_seed_draws_the_tokens(self, run_command: Callable[..., Any]) -> None:
         for out, seed in (("a", 1), ("b", 1), ("c", 2)):
             assert run_command("grow", "small", "--out", out, "--factor", 2, "--seed", seed).code == 0
@@ -134,6 +147,10 @@ class TestModelDirectory:
             (
                 ["--ffn", 40, "--init", "copies"],
                 "found 40, but init 'copies' needs a whole multiple of the 16",
+            ),
+            (
+                ["--factor", 2, "--init", "random", "--new-tokens", "zero_values"],
+                "new_tokens 'zero_values' belongs to init 'exact', but init is 'random'",
             ),
             (
                 ["--hidden-size", 32],
@@ -203,7 +220,9 @@ class TestModelDirectory:
         assert not Path("large").exists()
 
 
-def _grow_wrongly(layer: Any, num_param_tokens: int, init: str, generator: torch.Generator) -> None:
+def _grow_wrongly(
+    layer: Any, num_param_tokens: int, init: str, generator: torch.Generator, *, new_tokens: str
+) -> None:
     fresh = num_param_tokens - layer.num_param_tokens
     tokens = torch.randn(fresh, layer.in_features, generator=generator)
     layer.append(1e-2 * tokens, tokens)

@@ -86,6 +86,31 @@ def test_exact_growth_changes_no_bit(make_tokenformer: Callable[..., Any], data:
     assert model.config.tau.ffn == model.config.groups("ffn")[0]
 
 
+def test_values_of_zero_change_no_bit_train_and_survive_the_disk(
+    make_tokenformer: Callable[..., Any], tmp_path: Path
+) -> None:
+    model = make_tokenformer()
+    tokens = draw_tokens(2, 9)
+    for targets in ({"factor": 2.0}, {"ffn": 40}):
+        train(model)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        larger = grow(model, **targets, new_tokens="zero_values", optimizer=optimizer)
+        assert logit_change(model, larger, tokens) == 0.0
+        assert_agrees_with_its_configuration(larger)
+        nn.functional.cross_entropy(larger(tokens).logits.flatten(0, 1), tokens.roll(1).flatten()).backward()
+        group = len(larger.config.groups("ffn")) - 1
+        keys, values = larger.blocks[0].ffn.key_tokens[group], larger.blocks[0].ffn.value_tokens[group]
+        assert keys.abs().min() > 0
+        assert values.grad.abs().max() > 1e-7
+        assert not keys.grad.any()
+        optimizer.step()
+        assert values.abs().min() > 0
+        model = larger
+    loaded = load_model(save_model(model, tmp_path / "model"))
+    assert [step.new_tokens for step in loaded.config.growth_history] == ["zero_values", "zero_values"]
+    assert logit_change(model, loaded, tokens) == 0.0
+
+
 @settings(max_examples=20)
 @given(data=st.data())
 def test_copies_keep_the_function_to_rounding(
@@ -208,11 +233,18 @@ def test_history_groups_and_tau_are_recorded(make_tokenformer: Callable[..., Any
     model = grow(model, qkv=20, init="random")
     config = model.config
     assert [step.model_dump() for step in config.growth_history] == [
-        {"init": init, "step": step, "qkv_param_tokens": q, "proj_param_tokens": p, "ffn_param_tokens": f}
-        for init, step, q, p, f in (
-            ("exact", 100, 6, 5, 20),
-            ("copies", 250, 12, 10, 40),
-            ("random", None, 20, 10, 40),
+        {
+            "init": init,
+            "new_tokens": new_tokens,
+            "step": step,
+            "qkv_param_tokens": q,
+            "proj_param_tokens": p,
+            "ffn_param_tokens": f,
+        }
+        for init, new_tokens, step, q, p, f in (
+            ("exact", "zero_keys", 100, 6, 5, 20),
+            ("copies", None, 250, 12, 10, 40),
+            ("random", None, None, 20, 10, 40),
         )
     ]
     assert config.groups("qkv") == (6, 6, 8)
@@ -271,6 +303,17 @@ def test_a_model_inside_another_module_keeps_its_configuration_true(
             "ffn: found 25, but init 'copies' needs a whole multiple of the 12",
         ),
         ({}, {"factor": 1.5, "init": "copies"}, "needs a whole multiple"),
+        (
+            {"norm_activation": "l2_norm_gelu"},
+            {"factor": 2, "new_tokens": "zero_values"},
+            "'zero_values' is not exact for norm_activation 'l2_norm_gelu'.*only 'gelu' weighs each token alone",
+        ),
+        (
+            {},
+            {"factor": 2, "init": "copies", "new_tokens": "zero_values"},
+            "'zero_values' belongs to init 'exact', but init is 'copies'",
+        ),
+        ({}, {"factor": 2, "new_tokens": "none"}, "new_tokens: found 'none'; input should be 'zero_keys' or"),
         ({}, {"qkv": 6}, "nothing would grow"),
         ({}, {"factor": 1.01}, "nothing would grow"),
         ({}, {"factor": 1.0}, "factor: found 1.0; input should be greater than 1"),

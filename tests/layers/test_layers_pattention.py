@@ -135,6 +135,32 @@ def test_gradients_reach_new_keys_at_once(kind: str) -> None:
     assert layer.value_tokens[1].grad.abs().min() > 0
 
 
+def test_values_of_zero_change_no_bit_and_learn_before_their_keys() -> None:
+    layer = make()
+    before = layer(draw_x(3, 40))
+    layer.grow(12, generator=torch.Generator().manual_seed(2), new_tokens="zero_values")
+    assert (layer.groups, layer.tau) == ((7, 5), 7)
+    assert layer.key_tokens[1].std().item() == pytest.approx(layer.init.key_std, rel=0.4)
+    assert torch.equal(layer(draw_x(3, 40)), before)
+    layer(draw_x(8)).square().sum().backward()
+    assert layer.value_tokens[1].grad.abs().min() > 0
+    assert torch.equal(layer.key_tokens[1].grad, torch.zeros(5, 5))
+    train_one_step(layer)
+    layer(draw_x(8)).square().sum().backward()
+    assert layer.key_tokens[1].grad.abs().min() > 0
+
+
+@pytest.mark.parametrize("kind", [kind for kind in NORM_ACTIVATIONS if kind != "gelu"])
+def test_values_of_zero_are_refused_where_they_would_move_the_function(kind: str) -> None:
+    layer = make(norm_activation=kind)
+    with pytest.raises(TokenFormerError, match=r"init 'exact' is not possible|join its norm"):
+        layer.grow(12, new_tokens="zero_values")
+    assert layer.groups == (7,)
+    moved = make(norm_activation=kind)
+    moved.append(torch.ones(5, 5), torch.zeros(5, 3))  # as zero_values would, with tau that stays
+    assert (moved(draw_x(8)) - layer(draw_x(8))).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("kind", NORM_ACTIVATIONS)
 @pytest.mark.parametrize("r", [2, 3])
 def test_copies_keep_the_function_and_part_in_training(kind: str, r: int) -> None:

@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 import pytest
 
 from tokenformer.errors import TokenFormerError
-from tokenformer.report.curves import Curve, Point, read_curve, read_curves
+from tokenformer.report.curves import Curve, Point, read_curve
 from tokenformer.report.figures import COLORS, training_figure, validation_figure
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -61,14 +61,6 @@ def test_a_curve_holds_what_the_metrics_say(run: Path) -> None:
 def test_the_current_directory_has_a_name_too(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(run)
     assert read_curve(".").label == "ladder"
-
-
-def test_labels_tell_runs_apart(tmp_path: Path) -> None:
-    runs = [write_run(tmp_path / name, [line(1, loss=1.0)]) for name in ("a/x", "b/x", "b/y")]
-    assert [curve.label for curve in read_curves(runs[1:])] == ["x", "y"]
-    assert [curve.label for curve in read_curves(runs)] == [str(run) for run in runs]
-    with pytest.raises(TokenFormerError, match=r"x: named twice"):
-        read_curves([runs[0], tmp_path / "b" / ".." / "a" / "x"])
 
 
 def test_a_grown_curve_begins_where_the_earlier_one_ended() -> None:

@@ -138,6 +138,7 @@ def test_a_run_directory(work: Path) -> None:
     assert [found["state"]["step"] for found in facts["checkpoints"]] == [3, 5]
     assert facts["model"]["parameters"] == inspect_path(work / "run" / "model").data["parameters"]
     assert table(tables, "Stages")["large"][2] == "factor 2.0, init exact"
+    assert facts["stages"][-1]["total_flops"] == pytest.approx(latest["flops"])  # as the run counted
     assert set(table(tables, "Checkpoints")) == {"step-00000003", "step-00000005"}
 
 

@@ -130,6 +130,16 @@ def test_frozen_group_stays_bit_identical(make_config: MakeConfig, tmp_path: Pat
         assert torch.equal(after[name], tensor) == frozen, name
 
 
+def test_values_of_zero_up_a_ladder(make_config: MakeConfig, tmp_path: Path) -> None:
+    grow = {"factor": 2, "new_tokens": "zero_values"}
+    config = make_config(stages=[{"steps": 2}, {"steps": 2, "grow": grow}])
+    result = train(config, tmp_path / "run")
+    (grown,) = (line for line in read_metrics(result.out) if "logit_change" in line)
+    assert grown["logit_change"] <= 1e-6
+    assert weights(result.model)["blocks.0.ffn.value_tokens.1"].abs().min() > 0
+    assert load_config(result.model).growth_history[0].new_tokens == "zero_values"  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize("init", ["copies", "random"])
 def test_other_ways_to_grow(make_config: MakeConfig, tmp_path: Path, init: str) -> None:
     config = make_config(

@@ -19,6 +19,8 @@ _EXAMPLES = """
 
 `tokenformer grow models/small --out models/large --factor 2 --init copies` : also for `softmax`
 
+`tokenformer grow models/small --out models/large --factor 4 --new-tokens zero_values` : for `gelu`
+
 `tokenformer grow runs/small/checkpoints/step-00002000 --out grown --factor 2` : a checkpoint to train on from, with
 `init_from: grown` in a recipe
 """
@@ -56,10 +58,18 @@ def grow(
         str,
         typer.Option(
             metavar="exact|copies|random",
-            help="`exact`: zero keys, the function does not move (not for softmax). `copies`: whole multiples, "
+            help="`exact`: the function does not move (not for softmax). `copies`: whole multiples, "
             "copies of the old tokens. `random`: the authors' way, the function moves.",
         ),
     ] = "exact",
+    new_tokens: Annotated[
+        str,
+        typer.Option(
+            metavar="zero_keys|zero_values",
+            help="What is zero in the tokens of exact growth. `zero_values`: keys drawn as at the start; only for "
+            "`gelu`, where it learnt faster.",
+        ),
+    ] = "zero_keys",
     data: Annotated[
         Path | None,
         typer.Option(
@@ -88,7 +98,11 @@ def grow(
         "hidden_size": hidden_size,
         "num_hidden_layers": num_hidden_layers,
     }
-    values = {"init": init, **{name: value for name, value in asked.items() if value is not None}}
+    values = {
+        "init": init,
+        "new_tokens": new_tokens,
+        **{name: value for name, value in asked.items() if value is not None},
+    }
     spec = validate(GrowthSpec, values, source="grow")
 
     from tokenformer.train.grow import grow_directory
@@ -111,7 +125,8 @@ def _print_report(report: GrowthReport) -> None:
         for role in ("qkv", "proj", "ffn")
     ]
     rows.append(("parameters", count(before.num_parameters()), count(after.num_parameters()), "", ""))
-    title = f"Growth ({after.growth_history[-1].init})"
+    done = after.growth_history[-1]
+    title = f"Growth ({done.init}{done.note})"
     print_tables([Table(title, ("", "before", "after", "tau before", "tau after"), rows)])
     print(f"\nLargest change of a logit: {report.logit_change:.2g} of their spread, on {report.measured_on}")
     if report.broke_exactness:

@@ -11,11 +11,20 @@ _EXAMPLES = """
 **Examples**
 
 `tokenformer report runs/ladder runs/from-scratch --out reports/growth`
+
+`tokenformer report runs/mine+runs/larger runs/from-scratch --out reports/growth` : the larger model's compute includes
+that of the small one it was grown from
 """
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Run directories to compare.")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN",
+            help="Run directories to compare. `A+B`: run B went on from the model or a checkpoint of A.",
+        ),
+    ],
     out: Annotated[
         Path,
         typer.Option("--out", "-o", metavar="DIR", help="The directory to write; it must be new or empty."),

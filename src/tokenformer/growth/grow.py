@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tokenformer.errors import TokenFormerError
 from tokenformer.growth.moments import move_optimizer
 from tokenformer.growth.spec import GrowthSpec, grown_config, target_tokens
-from tokenformer.layers.growth_rules import GrowthInit
+from tokenformer.layers.growth_rules import GrowthInit, NewTokens
 from tokenformer.layers.pattention import Pattention
 from tokenformer.models.base import LanguageModel
 from tokenformer.models.tokenformer.config import ROLES, TokenFormerConfig
@@ -67,6 +67,7 @@ def grow(
     proj: int | None = None,
     ffn: int | None = None,
     init: GrowthInit = "exact",
+    new_tokens: NewTokens = "zero_keys",
     optimizer: torch.optim.Optimizer | None = None,
     seed: int = 0,
 ) -> Any:
@@ -79,6 +80,7 @@ def grow(
         proj: see ``qkv``.
         ffn: see ``qkv``.
         init: ``exact``, ``copies`` or ``random``.
+        new_tokens: what is zero in the tokens of ``exact`` growth: ``zero_keys``, or for ``gelu`` also ``zero_values``.
         optimizer: Adam, AdamW or Muon over ``module``; from now on it optimises the copy. Old groups keep their
             moments, new ones join the parameter group of their layer (the first one if the layer was
             not optimised) and start at step 0.
@@ -92,7 +94,7 @@ def grow(
     """
     sizes = {"factor": factor, "qkv": qkv, "proj": proj, "ffn": ffn}
     asked = {name: size for name, size in sizes.items() if size is not None}
-    spec = validate(GrowthSpec, {"init": init, **asked}, source="grow")
+    spec = validate(GrowthSpec, {"init": init, "new_tokens": new_tokens, **asked}, source="grow")
     grown = grow_model(module, spec, seed=seed)
     if optimizer is not None:
         move_optimizer(optimizer, module, grown.model, grown.moments)
@@ -124,7 +126,7 @@ def grow_model(module: nn.Module, spec: GrowthSpec, *, seed: int = 0, step: int 
     }
     targets = {name: _target(module, name, layer, spec) for name, layer in layers.items()}
     for name, layer in layers.items():
-        layer.check_growth(targets[name], spec.init)
+        layer.check_growth(targets[name], spec.init, spec.new_tokens)
     if all(targets[name] == layer.num_param_tokens for name, layer in layers.items()):
         raise TokenFormerError(f"grow: factor {spec.factor} adds no parameter token to any layer")
 
@@ -133,7 +135,8 @@ def grow_model(module: nn.Module, spec: GrowthSpec, *, seed: int = 0, step: int 
     for name, target in targets.items():
         layer = cast(Pattention, larger.get_submodule(name))
         before = layer.groups
-        layer.grow(target, spec.init, _generator(seed, name, sum(before)))
+        generator = _generator(seed, name, sum(before))
+        layer.grow(target, spec.init, generator, new_tokens=spec.new_tokens)
         if spec.init == "copies" and target != sum(before):
             copied |= _copy_sources(name, len(before), target // sum(before))
     for name, config in configs.items():

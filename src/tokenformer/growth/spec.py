@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 
 from tokenformer.errors import TokenFormerError
-from tokenformer.layers.growth_rules import GrowthInit, check_growth
+from tokenformer.layers.growth_rules import GrowthInit, NewTokens, check_growth
 from tokenformer.models.config import DecoderConfig, PositiveInt
 from tokenformer.models.tokenformer.config import ROLES, GrowthStep, TokenFormerConfig
 from tokenformer.validation import Float, StrictModel
@@ -28,7 +28,8 @@ class GrowthSpec(StrictModel):
     """One growth step: either ``factor``, or new totals for some of ``qkv``, ``proj``, ``ffn``.
 
     ``factor`` multiplies the parameter tokens of every role. ``init`` is the rule for the new tokens: ``exact``
-    (zero keys), ``copies`` (whole multiples), ``random`` (the authors' way).
+    (the function stays), ``copies`` (whole multiples), ``random`` (the authors' way). ``new_tokens``: what is zero in
+    the tokens of ``exact`` growth, their keys or, for ``gelu`` alone, their values.
     """
 
     factor: Annotated[Float, Field(gt=1, le=1e6)] | None = None
@@ -36,6 +37,7 @@ class GrowthSpec(StrictModel):
     proj: PositiveInt | None = None
     ffn: PositiveInt | None = None
     init: GrowthInit = "exact"
+    new_tokens: NewTokens = "zero_keys"
 
     @model_validator(mode="before")
     @classmethod
@@ -73,12 +75,19 @@ def grown_config(config: DecoderConfig, spec: GrowthSpec, *, step: int | None = 
         )
     totals = {role: target_tokens(config.param_tokens(role), spec, role) for role in ROLES}
     for role, total in totals.items():
-        check_growth(config.param_tokens(role), total, spec.init, config.norm_activation, role)
+        check_growth(
+            config.param_tokens(role), total, spec.init, config.norm_activation, role, spec.new_tokens
+        )
     if all(total == config.param_tokens(role) for role, total in totals.items()):
         raise TokenFormerError(
             "growth: the model already has these numbers of parameter tokens; nothing would grow"
         )
-    entry = GrowthStep(init=spec.init, step=step, **{f"{role}_param_tokens": n for role, n in totals.items()})
+    entry = GrowthStep(
+        init=spec.init,
+        new_tokens=spec.new_tokens if spec.init == "exact" else None,
+        step=step,
+        **{f"{role}_param_tokens": n for role, n in totals.items()},
+    )
     changed = {
         **{f"{role}_param_tokens": n for role, n in totals.items()},
         "param_token_groups": {

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenformer.errors import TokenFormerError
-from tokenformer.layers.growth_rules import GrowthInit, check_growth
+from tokenformer.layers.growth_rules import GrowthInit, NewTokens, check_growth
 from tokenformer.ops.pattention import (
     NORM_ACTIVATIONS,
     NormActivation,
@@ -144,11 +144,12 @@ class Pattention(nn.Module):
             keys.normal_(0.0, self.init.key_std, generator=generator)
             values.normal_(0.0, value_std, generator=generator)
 
-    def check_growth(self, num_param_tokens: int, init: GrowthInit) -> None:
+    def check_growth(
+        self, num_param_tokens: int, init: GrowthInit, new_tokens: NewTokens = "zero_keys"
+    ) -> None:
         """Raise what :meth:`grow` would raise, without growing."""
-        check_growth(
-            self.num_param_tokens, num_param_tokens, init, self.kind.norm_activation, "num_param_tokens"
-        )
+        kind = self.kind.norm_activation
+        check_growth(self.num_param_tokens, num_param_tokens, init, kind, "num_param_tokens", new_tokens)
         frozen = not all(values.requires_grad for values in self.value_tokens)
         if init == "copies" and frozen and num_param_tokens != self.num_param_tokens:
             raise TokenFormerError(
@@ -157,11 +158,17 @@ class Pattention(nn.Module):
 
     @torch.no_grad()
     def grow(
-        self, num_param_tokens: int, init: GrowthInit = "exact", generator: torch.Generator | None = None
+        self,
+        num_param_tokens: int,
+        init: GrowthInit = "exact",
+        generator: torch.Generator | None = None,
+        *,
+        new_tokens: NewTokens = "zero_keys",
     ) -> None:
         """Append a group of parameter tokens, in place.
 
-        ``exact``: zero keys, values as at init; tau stays, so the function does not move. ``copies``: every
+        ``exact``: zero keys and values as at init, or keys as at init and zero values (``new_tokens``); tau stays, so
+        the function does not move. ``copies``: every
         group gets a companion with r - 1 copies of its tokens, values are divided by r (plus noise that sums to
         zero over the copies of a token), tau becomes r tau. ``random``: keys and values as at init, tau becomes n.
 
@@ -169,20 +176,24 @@ class Pattention(nn.Module):
             num_param_tokens: the new n, over all groups; unchanged n is no growth.
             init: the rule.
             generator: draws the new tokens (on the CPU).
+            new_tokens: of ``exact`` growth: ``zero_keys``, or for ``gelu`` also ``zero_values``.
 
         Raises:
-            TokenFormerError: fewer tokens than before, ``exact`` for softmax, ``copies`` by a fraction or of a
-                frozen group.
+            TokenFormerError: fewer tokens than before, ``exact`` for softmax, ``zero_values`` for another kind than
+                ``gelu``, ``copies`` by a fraction or of a frozen group.
         """
-        self.check_growth(num_param_tokens, init)
+        self.check_growth(num_param_tokens, init, new_tokens)
         if num_param_tokens == self.num_param_tokens:
             return
         if init == "copies":
             self._append_copies(num_param_tokens // self.num_param_tokens, generator)
             return
         fresh = num_param_tokens - self.num_param_tokens
-        key_std = 0.0 if init == "exact" else self.init.key_std
-        value_std = self.init.value_std_for(num_param_tokens)
+        key_std, value_std = self.init.key_std, self.init.value_std_for(num_param_tokens)
+        if init == "exact" and new_tokens == "zero_keys":
+            key_std = 0.0
+        elif init == "exact":
+            value_std = 0.0
         self.append(
             torch.zeros(fresh, self.in_features).normal_(0.0, key_std, generator=generator),
             torch.empty(fresh, self.out_features).normal_(0.0, value_std, generator=generator),

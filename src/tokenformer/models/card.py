@@ -84,7 +84,7 @@ def _growth(config: TokenFormerConfig) -> list[str]:
     for number, step in enumerate(config.growth_history, 1):
         when = "" if step.step is None else f" after {step.step:,} steps"
         lines.append(
-            f"{number}. Grown{when} (`{step.init}`) to {step.qkv_param_tokens} / {step.proj_param_tokens} / "
+            f"{number}. Grown{when} (`{step.init}`{step.note}) to {step.qkv_param_tokens} / {step.proj_param_tokens} / "
             f"{step.ffn_param_tokens} tokens (qkv / proj / ffn)."
         )
     return [*lines, ""] if config.growth_history else lines

@@ -66,23 +66,6 @@ def read_curve(run: Path | str, label: str | None = None) -> Curve:
     return curve
 
 
-def read_curves(runs: Iterable[Path | str]) -> list[Curve]:
-    """The curves of several run directories, with labels that tell them apart: names, or whole paths where two
-    runs have the same name.
-
-    Raises:
-        TokenFormerError: a run that is named twice, and as :func:`read_curve`.
-    """
-    paths = [Path(run) for run in runs]
-    places = [path.resolve() for path in paths]
-    for index, place in enumerate(places):
-        if place in places[:index]:
-            raise TokenFormerError(f"{paths[index]}: named twice")
-    names = [place.name for place in places]
-    unique = len(set(names)) == len(names)
-    return [read_curve(path, name if unique else str(path)) for path, name in zip(paths, names, strict=True)]
-
-
 def _points(records: Iterable[Mapping[str, Any]], name: str) -> list[Point]:
     return [
         Point(record["flops"], record["tokens"], record["seconds"], record[name])

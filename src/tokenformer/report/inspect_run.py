@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from tokenformer.adapters.config import EXPORT_DIRECTORY, is_adapter_directory
+from tokenformer.models.config import DecoderConfig
 from tokenformer.models.paths import is_model_directory
 from tokenformer.models.registry import load_config
 from tokenformer.parallel.sizes import check_tensor_split, mesh_sizes
@@ -15,7 +17,7 @@ from tokenformer.report.inspect_adapter import describe_adapter
 from tokenformer.report.inspect_model import config_tables, describe_config, describe_memory, memory_table
 from tokenformer.report.tables import Table, byte_size, count
 from tokenformer.train.checkpoint.manifest import DamagedCheckpointError, require_whole
-from tokenformer.train.config import CONFIG_FILE, RunConfig, load_run_config
+from tokenformer.train.config import CONFIG_FILE, RunConfig, StageConfig, load_run_config
 from tokenformer.train.ladder import model_configs
 from tokenformer.train.memory import stage_setup
 from tokenformer.train.metrics import METRICS_FILE, latest_values, read_metrics
@@ -144,6 +146,9 @@ def _damage(path: Path) -> str | None:
 
 
 def _stages(config: RunConfig) -> list[dict[str, Any]]:
+    stages = config.resolve()
+    model = config.model
+    flops = [None] * len(stages) if model is None else _cumulative_flops(model, stages)
     return [
         {
             "name": stage.name,
@@ -152,9 +157,19 @@ def _stages(config: RunConfig) -> list[dict[str, Any]]:
             "grow": None if stage.grow is None else stage.grow.model_dump(mode="json", exclude_none=True),
             "lr": stage.optimizer.lr,
             "schedule": stage.schedule.name,
+            "total_flops": total,
         }
-        for stage in config.resolve()
+        for stage, total in zip(stages, flops, strict=True)
     ]
+
+
+def _cumulative_flops(model: DecoderConfig, stages: list[StageConfig]) -> list[float]:
+    """Total FLOPs of training at the end of each stage, those before it included."""
+    per_stage = (
+        grown.flops_per_token(stage.data.sequence_length) * stage.data.tokens_before(stage.steps)
+        for grown, stage in zip(model_configs(model, stages), stages, strict=True)
+    )
+    return list(accumulate(per_stage))
 
 
 def _latest(metrics: list[dict[str, Any]]) -> dict[str, Any]:
@@ -183,19 +198,30 @@ def _run_table(facts: dict[str, Any], config: RunConfig) -> Table:
     return Table(f"{facts['kind']}: {facts['path']}", ("field", "value"), rows)
 
 
+def _pflop(flops: float) -> str:
+    return f"{flops / 1e15:,.0f}" if flops >= 1e17 else f"{flops / 1e15:.3g}"
+
+
+def _growth(grow: dict[str, Any] | None) -> str:
+    fields = (grow or {}).items()
+    return ", ".join(f"{name} {value}" for name, value in fields if value != "zero_keys") or "-"
+
+
 def _stage_table(stages: list[dict[str, Any]]) -> Table:
     rows = [
         (
             stage["name"],
             count(stage["steps"]),
             count(stage["tokens"]),
-            ", ".join(f"{name} {value}" for name, value in (stage["grow"] or {}).items()) or "-",
+            _growth(stage["grow"]),
             f"{stage['lr']:g}",
             stage["schedule"],
+            "-" if stage["total_flops"] is None else _pflop(stage["total_flops"]),
         )
         for stage in stages
     ]
-    return Table("Stages", ("stage", "steps", "tokens", "grow first", "lr", "schedule"), rows)
+    columns = ("stage", "steps", "tokens", "grow first", "lr", "schedule", "PFLOP in all")
+    return Table("Stages", columns, rows)
 
 
 def _checkpoint_table(checkpoints: list[dict[str, Any]]) -> Table:

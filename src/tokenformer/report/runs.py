@@ -7,7 +7,8 @@ from pathlib import Path
 
 from tokenformer.files import new_directory, require_free
 from tokenformer.progress import short_number
-from tokenformer.report.curves import Curve, read_curves
+from tokenformer.report.chains import read_curves
+from tokenformer.report.curves import Curve
 from tokenformer.report.figures import training_figure, validation_figure
 from tokenformer.report.page import Section, write_page
 from tokenformer.report.tables import Table
@@ -16,7 +17,7 @@ REPORT_FILE = "report.html"
 
 
 def report_runs(runs: Sequence[Path | str], out: Path | str) -> Path:
-    """Compare runs: ``report.html`` and its figures in the new directory ``out``.
+    """Compare runs, or chains of them (``A+B``: B went on from A): ``report.html`` and its figures in the new ``out``.
 
     Raises:
         TokenFormerError: a run without metrics, or ``out`` holds something.

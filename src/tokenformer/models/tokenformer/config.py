@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from tokenformer.layers.growth_rules import GrowthInit
+from tokenformer.layers.growth_rules import GrowthInit, NewTokens
 from tokenformer.models.config import DecoderConfig, PositiveFloat, PositiveInt
 from tokenformer.validation import Float, Int, StrictModel
 
@@ -34,11 +34,18 @@ class GrowthStep(StrictModel):
     """One entry of the growth history: what was done, and the totals of parameter tokens after it."""
 
     init: GrowthInit
+    new_tokens: NewTokens | None = None
+    """What was zero in the new tokens of an ``exact`` growth; null: not known, or of another growth."""
     qkv_param_tokens: PositiveInt
     proj_param_tokens: PositiveInt
     ffn_param_tokens: PositiveInt
     step: Annotated[Int, Field(ge=0)] | None = None
     """Training steps done before this growth, where it is known."""
+
+    @property
+    def note(self) -> str:
+        """What to say after ``init`` where it is not its usual form."""
+        return ", new values zero" if self.new_tokens == "zero_values" else ""
 
 
 class TokenFormerConfig(DecoderConfig):
