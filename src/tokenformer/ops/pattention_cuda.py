@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from tokenformer.ops.pattention import WeightKind
+from tokenformer.ops.token_groups import gradients_of_groups, one_matrix
 
 
 def applies(x: Tensor) -> bool:
@@ -61,8 +62,8 @@ def pattention_fused(
     leaves = (x, *flat_keys, *flat_values)
     outputs, *_ = pattention_forward(
         x.reshape(-1, x.shape[-1]),
-        _one_matrix(flat_keys, x.dtype),
-        _one_matrix(flat_values, x.dtype),
+        one_matrix(flat_keys, x.dtype),
+        one_matrix(flat_values, x.dtype),
         flat_keys,
         flat_values,
         len(values),
@@ -70,12 +71,6 @@ def pattention_fused(
         torch.is_grad_enabled() and any(t.requires_grad for t in leaves),
     )
     return [out.reshape(*x.shape[:-1], out.shape[-1]) for out in outputs]
-
-
-def _one_matrix(groups: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """All groups as a product takes them, apart from autograd; a compiler makes one kernel of it."""
-    parts = [group.detach().to(dtype) for group in groups]
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 @torch.library.custom_op("tokenformer::pattention_forward", mutates_args=())
@@ -215,10 +210,7 @@ def _backward(ctx: Any, grads: list[Tensor], *_: Tensor | None) -> tuple[Any, ..
     grad_x, *token_grads = pattention_backward(
         grads, x, *others, *ctx.kind, need_x, *spans, *(_sum_dtype(dtype, x.dtype) for dtype in ctx.dtypes)
     )
-    parts = []
-    for grad, sizes, flags, dtype in zip(token_grads, ctx.sizes, needed, ctx.dtypes, strict=True):
-        groups = grad.split(sizes) if any(flags) else [grad] * len(sizes)
-        parts.append([g.to(dtype) if need else None for g, need in zip(groups, flags, strict=True)])
+    parts = map(gradients_of_groups, token_grads, ctx.sizes, needed, ctx.dtypes)
     return grad_x if need_x else None, None, None, *parts, *(None for _ in range(6))
 
 

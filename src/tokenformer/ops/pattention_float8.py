@@ -22,6 +22,7 @@ from tokenformer.ops.pattention import (
     WeightKind,
     pattention_projections,
 )
+from tokenformer.ops.token_groups import gradients_of_groups, one_matrix
 
 FLOAT8 = torch.float8_e4m3fn
 _MULTIPLE = 16  # of every size of a product
@@ -74,7 +75,7 @@ def _fused(
     flat_keys, flat_values = (
         [group for projection in tokens for group in projection] for tokens in (keys, values)
     )
-    matrices = (_one_matrix(groups) for groups in (flat_keys, flat_values))
+    matrices = (one_matrix(groups, torch.bfloat16).contiguous() for groups in (flat_keys, flat_values))
     outputs, scales, *_ = float8_forward(
         x.reshape(-1, x.shape[-1]), *matrices, flat_keys, flat_values, len(values), *kind
     )
@@ -82,12 +83,6 @@ def _fused(
         _Scaled.apply(out, scale).reshape(*x.shape[:-1], out.shape[-1])
         for out, scale in zip(outputs, scales.unbind(), strict=True)
     ]
-
-
-def _one_matrix(groups: Sequence[Tensor]) -> Tensor:
-    """All groups in bfloat16, apart from autograd; a compiler makes one kernel of it."""
-    parts = [group.detach().to(torch.bfloat16) for group in groups]
-    return torch.cat(parts) if len(parts) > 1 else parts[0].contiguous()
 
 
 class _Scaled(torch.autograd.Function):
@@ -296,10 +291,7 @@ def _backward(ctx: Any, grads: list[Tensor], *_: Tensor | None) -> tuple[Any, ..
     need_x, _, _, *needed, _, _, _, _, _ = ctx.needs_input_grad
     wanted = [need_x, *(any(flags) for flags in needed)]
     grad_x, scales, *token_grads = float8_backward(grads, *ctx.saved_tensors, *ctx.kind, *wanted)
-    parts = []
-    for grad, sizes, flags, dtype in zip(token_grads, ctx.sizes, needed, ctx.dtypes, strict=True):
-        groups = grad.split(sizes) if any(flags) else [grad] * len(sizes)
-        parts.append([g.to(dtype) if need else None for g, need in zip(groups, flags, strict=True)])
+    parts = map(gradients_of_groups, token_grads, ctx.sizes, needed, ctx.dtypes)
     return _times(grad_x, scales) if need_x else None, None, None, *parts, *(None for _ in range(5))
 
 

@@ -39,13 +39,12 @@ _LEAST_ROWS = 1024
 PAYS = {("gelu", False): 0, ("gelu", True): 0, ("l2_norm_gelu", False): 2048}
 """Kinds, and whether in the backward, for which it was measured to be faster than a product and a pass behind it: from
 so many parameter tokens on. (With row norms at n = 768 it was slower, at 3072 faster; nothing between was measured.)"""
-_NEVER = 1 << 62
 
 
 def serves(a: Tensor, b: Tensor, n: int, kind: WeightKind, *, backward: bool) -> bool:
     """Whether the kernel takes the product of ``a`` [rows, inner] and tokens ``b`` [p * n, inner], and is worth it."""
     return (
-        n >= PAYS.get((kind.norm_activation, backward), _NEVER)
+        n >= PAYS.get((kind.norm_activation, backward), math.inf)
         and a.device.type == "cuda"
         and _is_available()
         and a.dtype == b.dtype == torch.bfloat16
@@ -71,11 +70,8 @@ def _loads(matrix: Tensor) -> bool:
 
 @functools.cache
 def _is_available() -> bool:
-    names = (
-        "triton",
-        "cuda",
-        "cuda.bindings",
-    )  # in this order: a package is imported to look for what is in it
+    # in this order: a package is imported to look for what is in it
+    names = ("triton", "cuda", "cuda.bindings")
     return all(importlib.util.find_spec(name) is not None for name in names)
 
 
