@@ -42,10 +42,14 @@ so many parameter tokens on. (With row norms at n = 768 it was slower, at 3072 f
 
 
 def serves(a: Tensor, b: Tensor, n: int, kind: WeightKind, *, backward: bool) -> bool:
-    """Whether the kernel takes the product of ``a`` [rows, inner] and tokens ``b`` [p * n, inner], and is worth it."""
+    """Whether the kernel :func:`takes` the product, and is worth it."""
+    return n >= PAYS.get((kind.norm_activation, backward), math.inf) and takes(a, b, n)
+
+
+def takes(a: Tensor, b: Tensor, n: int) -> bool:
+    """Whether the kernel can do the product of ``a`` [rows, inner] and tokens ``b`` [p * n, inner]."""
     return (
-        n >= PAYS.get((kind.norm_activation, backward), math.inf)
-        and a.device.type == "cuda"
+        a.device.type == "cuda"
         and _is_available()
         and a.dtype == b.dtype == torch.bfloat16
         and _is_hopper(a.device.index)
