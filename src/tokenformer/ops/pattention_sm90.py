@@ -36,9 +36,16 @@ _PARTS = (
 _SHARED_BYTES = 218_176
 _THREADS = 512
 _LEAST_ROWS = 1024
-PAYS = {("gelu", False): 0, ("gelu", True): 0, ("l2_norm_gelu", False): 2048}
+PAYS = {
+    ("gelu", False): 0,
+    ("gelu", True): 0,
+    ("l2_norm_gelu", False): 0,
+    ("l2_norm_gelu", True): 0,
+    ("gelu_l2_norm", True): 0,
+    ("softmax", True): 0,
+}
 """Kinds, and whether in the backward, for which it was measured to be faster than a product and a pass behind it: from
-so many parameter tokens on. (With row norms at n = 768 it was slower, at 3072 faster; nothing between was measured.)"""
+so many parameter tokens on (``benchmarks/pattention_kernel.py``)."""
 
 
 def serves(a: Tensor, b: Tensor, n: int, kind: WeightKind, *, backward: bool) -> bool:
