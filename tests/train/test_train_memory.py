@@ -89,8 +89,9 @@ def test_kept_by_eager_layers(
     if device_type == "mps":  # the definition, which runs where the row-blocked path does not
         monkeypatch.setattr(pattention_cpu, "applies", lambda x: False)
     setup = TrainingSetup(BATCH, LENGTH, dtype, compiled=False, device_type=device_type)
-    config = make_config(kind)
-    assert predicted(config, setup) == pytest.approx(measured(config, setup), rel=0.02)
+    for rotary_pct in (0.25, 1.0):
+        config = make_config(kind, rotary_pct=rotary_pct)
+        assert predicted(config, setup) == pytest.approx(measured(config, setup), rel=0.02)
 
 
 @pytest.mark.parametrize("mode", ["selective", "full"])

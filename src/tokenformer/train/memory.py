@@ -138,16 +138,16 @@ def _kept_by_block(config: DecoderConfig, setup: TrainingSetup) -> float:
     norms = 4 * _FLOAT
     if is_tokenformer and width != _FLOAT:  # norms keep their results, which the products take
         stream, norms = 0, 2 * _FLOAT
-        inputs = 3
+        inputs = 2
         if not setup.compiled and setup.dtype == "float16":  # and those in float32, which it computes in
-            stream, inputs = 3, 2
+            stream, inputs = 3, 1
     elif setup.compiled and width == _FLOAT and _path(config, setup) != "fused":
-        stream, inputs = (2, 1) if is_tokenformer else (1, 4)
+        stream, inputs = (2, 0) if is_tokenformer else (1, 3)
     elif setup.compiled:
-        stream, inputs = 1, 4
+        stream, inputs = 1, 3
     else:
         # the inputs of both norms, in float32; those of the products, copied by autocast for each linear layer
-        stream, inputs = 2, 3 if width == _FLOAT else 5
+        stream, inputs = 2, 2 if width == _FLOAT else 4
     residual = _FLOAT * stream * d + width * inputs * d + norms
     return setup.tokens * (residual + heads / split + _kept_by_inner(config, setup))
 
