@@ -52,6 +52,9 @@ def main() -> None:
     )
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--modes", nargs="+", default=["none", "selective", "full"])
+    parser.add_argument(
+        "--recompute", default="block", choices=["block", "scores"], help="what blocks compute again"
+    )
     parser.add_argument("--optimizers", nargs="+", default=["adamw"], choices=["adamw", "muon"])
     parser.add_argument("--micro-batch-size", type=int, help="instead of 16, 16, 8 and 4")
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
@@ -79,6 +82,7 @@ def run_case(arguments: argparse.Namespace, model: str, mode: str, optimizer: st
     case = {
         "model": model,
         "mode": mode,
+        "recompute": arguments.recompute,
         "optimizer": optimizer,
         "micro_batch_size": arguments.micro_batch_size or MODELS[model],
         "dtype": arguments.dtype,
@@ -101,10 +105,10 @@ def run_case(arguments: argparse.Namespace, model: str, mode: str, optimizer: st
 
 
 def measure(
-    model: str, mode: str, optimizer: str, micro_batch_size: int, dtype: str, compiled: bool
+    model: str, mode: str, recompute: str, optimizer: str, micro_batch_size: int, dtype: str, compiled: bool
 ) -> dict[str, Any]:
     """Bytes measured and predicted for one case."""
-    stage, config = make_stage(model, mode, optimizer, micro_batch_size, dtype)
+    stage, config = make_stage(model, mode, recompute, optimizer, micro_batch_size, dtype)
     setup = stage_setup(stage, dtype=dtype, compiled=compiled, device_type="cuda")
     device = torch.device("cuda")
     network = build_model(config).to(device).train()
@@ -131,7 +135,7 @@ def measure(
 
 
 def make_stage(
-    model: str, mode: str, optimizer: str, micro_batch_size: int, dtype: str
+    model: str, mode: str, recompute: str, optimizer: str, micro_batch_size: int, dtype: str
 ) -> tuple[StageConfig, ModelConfig]:
     """The stage of a published recipe, with two forward passes a step."""
     path = RECIPES / f"{model}.yaml"
@@ -143,6 +147,7 @@ def make_stage(
             f"data.batch_tokens={2 * micro_batch_size * length}",
             f"optimizer.name={optimizer}",
             f"activation_checkpointing.mode={mode}",
+            f"activation_checkpointing.recompute={recompute}",
             f"precision.dtype={dtype}",
         ],
     )

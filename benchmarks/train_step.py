@@ -5,7 +5,8 @@
 Sides, all in one run and each with the memory to itself:
 
 - ``ours``; ``groups``: the tokens of every Pattention in four growth groups; ``accumulated``: in two passes of half the
-  batch; ``float8``: Pattention in float8; ``launched``: without CUDA graphs;
+  batch; ``recomputed``: five of twelve blocks keep no scores of Pattention, but make them again in the backward;
+  ``float8``: Pattention in float8; ``launched``: without CUDA graphs;
 - ``formula``: the published formula of Pattention in plain tensor operations in its place, the rest of the step ours;
 - ``published``: that formula as training scripts commonly have it: torch's layer norms, the loss of all logits, torch's
   fused AdamW, no CUDA graphs; ``eager``: that without a compiler;
@@ -46,6 +47,7 @@ RATIOS = (
     ("ours", "gpt_neox"),
     ("groups", "ours"),
     ("accumulated", "ours"),
+    ("recomputed", "ours"),
     ("float8", "ours"),
     ("ours", "launched"),
 )

@@ -70,7 +70,7 @@ def test_train_step(
 ) -> None:
     written = tmp_path / "train_step.json"
     monkeypatch.setitem(sys.modules, "transformers", None)  # a side that fails
-    sides = ("gpt_neox", "ours", "groups", "accumulated", "formula", "published", "transformer")
+    sides = ("gpt_neox", "ours", "groups", "accumulated", "recomputed", "formula", "published", "transformer")
     arguments = ("--models", "tiny", "--repeats", 2, "--device", "cpu", "--sides", *sides)
     run_script(monkeypatch, "train_step.py", *arguments, "--json", written)
     failed, *results = json.loads(written.read_text())["results"]

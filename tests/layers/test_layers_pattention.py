@@ -328,7 +328,7 @@ def test_layers_of_one_input_give_what_each_gives_alone() -> None:
         torch.testing.assert_close(together, layer(x))
     called = []
     layers[1].register_forward_hook(lambda *_: called.append("hook"))
-    layers[2].op = lambda *_: torch.zeros(2, 7, 4)
+    layers[2].op = lambda *_, **__: torch.zeros(2, 7, 4)
     unlike = [*layers, Pattention(6, 9, 2, generator=generator), torch.nn.Linear(6, 3)]
     sizes = [tuple(out.shape) for out in project_together(unlike, x)]
     assert sizes == [(2, 7, 4)] * 3 + [(2, 7, 9), (2, 7, 3)]

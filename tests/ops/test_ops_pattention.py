@@ -346,3 +346,40 @@ def test_traces_without_a_graph_break() -> None:
         lambda inputs: pattention(inputs, keys, values, kind), backend="eager", fullgraph=True
     )
     torch.testing.assert_close(traced(x), pattention(x, keys, values, kind))
+
+
+def kept_and_gradients(
+    x: Tensor, keys: Tokens, values: Tokens, kind: WeightKind, *, recompute_scores: bool
+) -> tuple[int, list[Tensor]]:
+    """Bytes that autograd keeps of a call beside its arguments; output and gradients."""
+    arguments = {t.data_ptr() for t in (x, *keys, *values)}
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.data_ptr() not in arguments:
+            kept[tensor.data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = pattention(x, keys, values, kind, recompute_scores=recompute_scores)
+    found = torch.autograd.grad(out.float().square().sum(), (x, *keys, *values))
+    return sum(tensor.nbytes for tensor in kept.values()), [out, *found]
+
+
+@pytest.mark.parametrize("kind", NORM_ACTIVATIONS)
+@pytest.mark.parametrize("groups", [(32,), (20, 7, 5)], ids=["one group", "three groups"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["row blocks", "definition"])
+def test_scores_made_again_are_the_same_bits_and_none_are_kept(
+    kind: str, groups: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pattention_cpu, "_BLOCK_ELEMENTS", 64 * 32)  # several blocks of rows
+    x, keys, values = draw((3, 70, 8), 6, groups, dtype=dtype)
+    weight_kind = WeightKind(kind, 32.0)
+    most, expected = kept_and_gradients(x, keys, values, weight_kind, recompute_scores=False)
+    least, found = kept_and_gradients(x, keys, values, weight_kind, recompute_scores=True)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    scores = 3 * 70 * 32 * dtype.itemsize
+    assert least <= most - scores
+    assert least <= 3 * 70 * 4  # the norms of the rows
+    with torch.no_grad():
+        assert torch.equal(pattention(x, keys, values, weight_kind, recompute_scores=True), expected[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -177,3 +178,43 @@ def test_gradients_of_float32_tokens_are_not_rounded(groups: tuple[int, ...]) ->
         assert ours.dtype == torch.float32
         assert relative_error(ours, wide) < 5e-3
         assert (ours.bfloat16().float() != ours).any()
+
+
+@pytest.mark.parametrize("norm_activation", NORM_ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(300, 64, 64, (1000,)), (70, 33, 65, (511, 30)), (33, 32, 16, (20000,))])
+def test_scores_made_again_are_the_same_bits(norm_activation: str, dtype: torch.dtype, shape: tuple) -> None:
+    """Of few rows, where a product and a pass behind it serve."""
+    tensors, groups = draw(shape, dtype)
+    kind = WeightKind(norm_activation, float(sum(shape[3])))
+    expected = results(pattention, tensors, groups, kind, dtype)
+    found = results(partial(pattention, recompute_scores=True), tensors, groups, kind, dtype)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("norm_activation", NORM_ACTIVATIONS)
+def test_scores_made_again_differ_by_rounding_where_a_kernel_made_them(norm_activation: str) -> None:
+    tensors, groups = draw((4096, 768, 768, (3072,)), torch.bfloat16)
+    kind = WeightKind(norm_activation, 3072.0)
+    exact = results(pattention_reference, tensors, groups, kind, torch.float64)
+    kept = results(pattention, tensors, groups, kind, torch.bfloat16)
+    found = results(partial(pattention, recompute_scores=True), tensors, groups, kind, torch.bfloat16)
+    for again, before, wide in zip(found, kept, exact, strict=True):
+        assert relative_error(again, wide) <= 1.05 * relative_error(before, wide)
+
+
+def test_scores_are_not_kept_but_made_again() -> None:
+    (x, key, value, grad), _ = draw((8192, 256, 256, (2048,)), torch.bfloat16)
+    inputs = [t.requires_grad_() for t in (x, key, value)]
+    kind = WeightKind("l2_norm_gelu", 2048.0)
+    scores = 8192 * 2048 * 2
+
+    def kept(recompute_scores: bool) -> int:
+        before = torch.cuda.memory_allocated()
+        out = pattention(x, [key], [value], kind, recompute_scores=recompute_scores)
+        held = torch.cuda.memory_allocated() - before - out.nbytes
+        torch.autograd.grad(out, inputs, grad)
+        return held
+
+    kept(False)  # warm
+    assert kept(False) - kept(True) == pytest.approx(scores, rel=0.01)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -177,3 +178,31 @@ def test_compiled_is_plain() -> None:
     for a, b in zip(found, expected, strict=True):
         assert a.dtype == b.dtype
         assert (a - b).norm() <= 1e-2 * b.norm()
+
+
+@pytest.mark.parametrize("norm_activation", NORM_ACTIVATIONS)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_scores_made_again_are_the_same_bits(norm_activation: str, compiled: bool) -> None:
+    x, keys, values = draw(32, 48, (48, 32), 3)
+    kind = WeightKind(norm_activation, 80.0)
+
+    def found(recompute_scores: bool) -> tuple[set[tuple[int, ...]], list[Tensor]]:
+        """Shapes of what is kept in bfloat16; outputs and gradients."""
+        kept = set()
+
+        def pack(tensor: Tensor) -> Tensor:
+            if tensor.dtype == torch.bfloat16:
+                kept.add(tuple(tensor.shape))
+            return tensor
+
+        torch.compiler.reset()
+        path = partial(pattention_float8_projections, recompute_scores=recompute_scores)
+        if compiled:
+            path = torch.compile(path, dynamic=False, backend="aot_eager")
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            return kept, results(path, x, keys, values, kind, torch.float32)
+
+    (kept, expected), (kept_less, again) = found(False), found(True)
+    assert all(torch.equal(a, b) for a, b in zip(again, expected, strict=True))
+    assert (96, 80) in kept
+    assert (96, 80) not in kept_less

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import chain
 
 import pytest
@@ -72,6 +73,9 @@ def test_both_passes_over_the_scores(
         assert torch.equal(weights[rows // 2], torch.zeros(n))
     if norm_activation in ("l2_norm_gelu", "gelu_l2_norm"):
         assert torch.equal(score_grads[rows // 2], torch.zeros(n))
+    in_place, grads_in_place = weights_backward(scores.clone(), grads.clone(), statistics, kind, keep=False)
+    assert torch.equal(in_place, again)
+    assert torch.equal(grads_in_place, score_grads)
     in_place, _ = weights_forward(scores, kind, keep=False)
     assert in_place is scores
     assert torch.equal(in_place, weights)
@@ -95,10 +99,12 @@ def draw(
     return normal(*shape).requires_grad_(), tokens(shape[-1]), tokens(d_out)
 
 
-def fused(x: Tensor, keys: Tokens, values: Tokens, kind: WeightKind) -> list[Tensor]:
+def fused(
+    x: Tensor, keys: Tokens, values: Tokens, kind: WeightKind, *, recompute_scores: bool = False
+) -> list[Tensor]:
     from tokenformer.ops.pattention_cuda import pattention_fused
 
-    return pattention_fused(x, keys, values, kind)
+    return pattention_fused(x, keys, values, kind, recompute_scores=recompute_scores)
 
 
 def defined(x: Tensor, keys: Tokens, values: Tokens, kind: WeightKind) -> list[Tensor]:
@@ -195,10 +201,64 @@ def test_the_graph_can_be_walked_twice() -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_the_operators_keep_their_contract_with_torch() -> None:
+@pytest.mark.parametrize("norm_activation", NORM_ACTIVATIONS)
+@pytest.mark.parametrize(
+    ("projections", "groups", "frozen", "compiled"),
+    [(1, (5,), (), True), (3, (4, 3, 2), (0,), False), (3, (4, 3, 2), (0,), True), (1, (17000,), (), False)],
+)
+def test_scores_made_again_are_the_same_bits(
+    norm_activation: str,
+    projections: int,
+    groups: tuple[int, ...],
+    frozen: tuple[int, ...],
+    compiled: bool,
+) -> None:
+    x, keys, values = draw((2, 5, 6), 4, groups, projections, frozen)
+    kind = WeightKind(norm_activation, float(sum(groups)))
+    leaves = [t for t in (x, *chain(*keys, *values)) if t.requires_grad]
+
+    def results(recompute_scores: bool) -> tuple[set[tuple[int, ...]], list[Tensor]]:
+        """Shapes of what is kept; outputs and gradients."""
+        kept = set()
+
+        def pack(tensor: Tensor) -> Tensor:
+            kept.add(tuple(tensor.shape))
+            return tensor
+
+        torch.compiler.reset()
+        path = partial(fused, recompute_scores=recompute_scores)
+        if compiled:
+            path = torch.compile(path, backend="aot_eager", fullgraph=True)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            outputs = path(x, keys, values, kind)
+        total = sum((out * torch.linspace(-1, 1.5, out.numel()).view_as(out)).sum() for out in outputs)
+        return kept, [*outputs, *torch.autograd.grad(total, leaves)]
+
+    (kept, expected), (kept_less, found) = results(False), results(True)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    scores = (10 * projections, sum(groups))
+    assert scores in kept
+    assert scores not in kept_less
+
+
+@pytest.mark.parametrize("recompute_scores", [False, True])
+def test_the_operators_keep_their_contract_with_torch(recompute_scores: bool) -> None:
     from tokenformer.ops.pattention_cuda import pattention_forward
 
     x, keys, values = draw((4, 6), 3, (2, 3), 1)
     key, value = (torch.cat(tokens[0]).detach() for tokens in (keys, values))
-    arguments = (x, key, value, keys[0], values[0], 1, "l2_norm_gelu", 5.0, "none", 0.0, True)
+    arguments = (
+        x,
+        key,
+        value,
+        keys[0],
+        values[0],
+        1,
+        "l2_norm_gelu",
+        5.0,
+        "none",
+        0.0,
+        True,
+        recompute_scores,
+    )
     torch.library.opcheck(pattention_forward, arguments)

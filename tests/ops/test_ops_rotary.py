@@ -52,3 +52,12 @@ def test_the_gradient_is_that_of_the_plain_operations(rotary_dim: int) -> None:
     cos, sin = (angle.double() for angle in rotary_angles(torch.arange(5)[None], rotary_dim, 100.0))
     assert torch.autograd.gradcheck(lambda inputs: apply_rotary(inputs, cos, sin), (x,))
     assert torch.autograd.gradgradcheck(lambda inputs: apply_rotary(inputs, cos, sin), (x,))
+
+
+@pytest.mark.parametrize("rotary_dim", [2, 6])
+def test_heads_of_a_position_stay_side_by_side_in_memory(rotary_dim: int) -> None:
+    x = (
+        torch.randn(2, 5, 3 * 6).unflatten(-1, (3, 6)).transpose(1, 2)
+    )  # [b, h, t, e], as a projection gives it
+    turned = apply_rotary(x, *rotary_angles(torch.arange(5)[None], rotary_dim, 100.0))
+    assert turned.stride() == x.stride()

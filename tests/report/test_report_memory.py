@@ -68,6 +68,13 @@ def test_model_with_options(
     assert one["setup"]["micro_batch_size"] == 1
     assert one["setup"]["sequence_length"] == 64
     assert other["setup"]["activation_checkpointing"] == "full"
+    assert (other["setup"]["recompute"], other["setup"]["recomputed_blocks"]) == ("block", 2)
+    assert (one["setup"]["recompute"], one["setup"]["recomputed_blocks"]) == ("nothing", 0)
+    scores = json.loads(
+        run_command("inspect", tmp_path / "model", "--json", *options, "--recompute", "scores").out
+    )
+    assert scores["training_memory"][0]["setup"]["recompute"] == "scores"
+    assert scores["training_memory"][0]["bytes"]["activations"] > other["bytes"]["activations"]
     assert other["bytes"]["moments"] < one["bytes"]["moments"] / 2
     text = run_command("inspect", tmp_path / "model", *options).out
     assert "Memory of training on one device (predicted)" in text

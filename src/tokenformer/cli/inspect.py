@@ -37,6 +37,11 @@ class _Mode(StrEnum):
     full = "full"
 
 
+class _Recompute(StrEnum):
+    block = "block"
+    scores = "scores"
+
+
 class _Optimizer(StrEnum):
     adamw = "adamw"
     muon = "muon"
@@ -58,8 +63,13 @@ def inspect(
     ] = None,
     dtype: Annotated[_Dtype, typer.Option(help="The same: of the forward pass.")] = _Dtype.bfloat16,
     activation_checkpointing: Annotated[
-        _Mode, typer.Option(help="The same: which blocks are computed again.")
+        _Mode,
+        typer.Option(help="The same: which blocks compute again what they did not keep: every second, all."),
     ] = _Mode.none,
+    recompute: Annotated[
+        _Recompute,
+        typer.Option(help="The same: what those blocks compute again, all or only Pattention's scores."),
+    ] = _Recompute.block,
     optimizer: Annotated[_Optimizer, typer.Option(help="The same.")] = _Optimizer.adamw,
     devices: Annotated[
         int | None,
@@ -88,7 +98,9 @@ def inspect(
         TrainingSetup,
         micro_batch_size,
         dtype=dtype.value,
-        activation_checkpointing=ActivationCheckpointingConfig(mode=activation_checkpointing.value),
+        activation_checkpointing=ActivationCheckpointingConfig(
+            mode=activation_checkpointing.value, recompute=recompute.value
+        ),
         optimizer=optimizer.value,
         shard=devices or 1,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +24,20 @@ COPY_NOISE = 0.1
 """Noise on the values of copies, relative to their own root mean square; it sums to zero over the copies."""
 
 
-PattentionOp = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor], WeightKind], Tensor]
-"""x, keys, values, kind -> output, as :func:`~tokenformer.ops.pattention.pattention`."""
+class PattentionOp(Protocol):
+    """x, keys, values, kind -> output, as :func:`~tokenformer.ops.pattention.pattention`."""
+
+    def __call__(
+        self,
+        x: Tensor,
+        keys: Sequence[Tensor],
+        values: Sequence[Tensor],
+        kind: WeightKind,
+        /,
+        *,
+        recompute_scores: bool = False,
+    ) -> Tensor: ...
+
 
 _TOGETHER: dict[PattentionOp, Callable[..., list[Tensor]]] = {
     pattention: pattention_projections,
@@ -62,7 +74,8 @@ class Pattention(nn.Module):
         generator: draws the first weights.
 
     ``key_tokens`` and ``value_tokens`` hold one Parameter for each group: [n_g, d_in] and [n_g, d_out]. ``op`` is the
-    function that computes the layer; parallelism puts its own in its place.
+    function that computes the layer; parallelism puts its own in its place. ``recompute_scores``: whether scores
+    are made again in the backward instead of kept.
 
     Raises:
         TokenFormerError: a size or tau that is not positive, an unknown kind.
@@ -99,6 +112,7 @@ class Pattention(nn.Module):
             norm_activation, float(sum(groups) if tau is None else tau), gelu_approximate, norm_eps
         )
         self.op: PattentionOp = pattention
+        self.recompute_scores = False
         self.init = init or TokenInit(key_std=1 / math.sqrt(in_features), value_std=1.0, scale_values=True)
         self.key_tokens = nn.ParameterList(torch.empty(n, in_features) for n in groups)
         self.value_tokens = nn.ParameterList(torch.empty(n, out_features) for n in groups)
@@ -134,7 +148,8 @@ class Pattention(nn.Module):
             raise ValueError(
                 f"x: found last axis {x.shape[-1]} in {list(x.shape)}, expected {self.in_features}"
             )
-        return self.op(x, list(self.key_tokens), list(self.value_tokens), self.kind)
+        keys, values = list(self.key_tokens), list(self.value_tokens)
+        return self.op(x, keys, values, self.kind, recompute_scores=self.recompute_scores)
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -270,14 +285,22 @@ def project_together(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
     """What the layers make of one input, [..., d_out] each; Pattention layers of one form share their products."""
     plain = [layer for layer in layers if type(layer) is Pattention and is_plain(layer)]
     forms = {
-        (layer.op, layer.kind, layer.num_param_tokens, layer.in_features, layer.out_features)
+        (
+            layer.op,
+            layer.kind,
+            layer.num_param_tokens,
+            layer.in_features,
+            layer.out_features,
+            layer.recompute_scores,
+        )
         for layer in plain
     }
     if len(plain) != len(layers) or len(forms) > 1:
         return [layer(x) for layer in layers]
     keys = [list(layer.key_tokens) for layer in plain]
     values = [list(layer.value_tokens) for layer in plain]
-    return _TOGETHER[plain[0].op](x, keys, values, plain[0].kind)
+    first = plain[0]
+    return _TOGETHER[first.op](x, keys, values, first.kind, recompute_scores=first.recompute_scores)
 
 
 def is_plain(layer: Pattention) -> bool:

@@ -19,11 +19,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from tokenformer.ops.autocast import autocast_dtype, without_autocast
 
@@ -64,6 +66,8 @@ def pattention(
     values: Sequence[Tensor],
     kind: WeightKind,
     rows: RowReductions = WHOLE_ROWS,
+    *,
+    recompute_scores: bool = False,
 ) -> Tensor:
     """Attention of ``x`` over the parameter tokens of all groups, on the fastest path that applies.
 
@@ -73,12 +77,14 @@ def pattention(
         values: one [n_g, d_out] for each group g.
         kind: the weight function.
         rows: for parameter tokens that are a part of the layer's; the result is then that part's share of the output.
+        recompute_scores: keep no scores for the backward, which makes them again by one product more. Results and
+            gradients stay the same.
 
     Returns:
         [..., d_out], in the dtype of ``x``, or in autocast's where that is on. float16 is computed in float32
         inside, since scores can leave its range where the result does not.
     """
-    return pattention_projections(x, [keys], [values], kind, rows)[0]
+    return pattention_projections(x, [keys], [values], kind, rows, recompute_scores=recompute_scores)[0]
 
 
 def pattention_projections(
@@ -87,6 +93,8 @@ def pattention_projections(
     values: Sequence[Sequence[Tensor]],
     kind: WeightKind,
     rows: RowReductions = WHOLE_ROWS,
+    *,
+    recompute_scores: bool = False,
 ) -> list[Tensor]:
     """:func:`pattention` of one input over several sets of parameter tokens, which share products where that pays.
 
@@ -96,6 +104,7 @@ def pattention_projections(
         values: for each projection one [n_g, d_out] for each group g.
         kind: the weight function of all projections.
         rows: as for :func:`pattention`.
+        recompute_scores: as for :func:`pattention`.
 
     Returns:
         One [..., d_out] for each projection.
@@ -109,17 +118,21 @@ def pattention_projections(
             from tokenformer.ops import pattention_cuda
 
             if pattention_cuda.applies(x):
-                return [out.to(dtype) for out in pattention_cuda.pattention_fused(x, keys, values, kind)]
+                fused = pattention_cuda.pattention_fused(
+                    x, keys, values, kind, recompute_scores=recompute_scores
+                )
+                return [out.to(dtype) for out in fused]
         keys = [[group.to(compute) for group in projection] for projection in keys]
         values = [[group.to(compute) for group in projection] for projection in values]
         from tokenformer.ops import pattention_cpu
 
         if has_whole_rows and pattention_cpu.applies(x):
-            path = pattention_cpu.pattention_row_blocks
-            return [path(x, k, v, kind).to(dtype) for k, v in zip(keys, values, strict=True)]
-        return [
-            pattention_reference(x, k, v, kind, rows).to(dtype) for k, v in zip(keys, values, strict=True)
-        ]
+            path = partial(pattention_cpu.pattention_row_blocks, recompute_scores=recompute_scores)
+        elif recompute_scores and torch.is_grad_enabled():
+            path = partial(_recomputing_reference, rows=rows)
+        else:
+            path = partial(pattention_reference, rows=rows)
+        return [path(x, k, v, kind).to(dtype) for k, v in zip(keys, values, strict=True)]
 
 
 def pattention_reference(
@@ -135,6 +148,20 @@ def pattention_reference(
     out = weights[0].to(x.dtype) @ values[0]
     for group_weights, group in zip(weights[1:], values[1:], strict=True):
         out = out + group_weights.to(x.dtype) @ group
+    return out
+
+
+def _recomputing_reference(
+    x: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], kind: WeightKind, rows: RowReductions
+) -> Tensor:
+    """The same, of which autograd keeps the arguments alone: scores and weights are made again in the backward."""
+
+    groups = len(keys)
+
+    def reference(x: Tensor, *tokens: Tensor) -> Tensor:
+        return pattention_reference(x, tokens[:groups], tokens[groups:], kind, rows)
+
+    out: Tensor = checkpoint(reference, x, *keys, *values, use_reentrant=False, preserve_rng_state=False)
     return out
 
 

@@ -1,13 +1,15 @@
 """Pattention on the CPU, a block of rows at a time, so that everything between the products stays in cache.
 
 The plain formula writes and reads several [rows, n] tensors through main memory; here only the scores, which the
-backward needs, are stored. The function is :func:`tokenformer.ops.pattention.pattention_reference`.
+backward needs, are stored, or not even they where it makes them again. The function is
+:func:`tokenformer.ops.pattention.pattention_reference`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -32,12 +34,19 @@ def applies(x: Tensor) -> bool:
 
 
 def pattention_row_blocks(
-    x: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], kind: WeightKind
+    x: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    kind: WeightKind,
+    *,
+    recompute_scores: bool = False,
 ) -> Tensor:
     """As :func:`tokenformer.ops.pattention.pattention`, for what :func:`applies` admits; differentiable once."""
     if not torch.is_grad_enabled():  # a Function cannot see that no gradient is wanted
         x, keys, values = x.detach(), [k.detach() for k in keys], [v.detach() for v in values]
-    out: Tensor = _RowBlocks.apply(x.reshape(-1, x.shape[-1]), kind, len(keys), *keys, *values)
+    out: Tensor = _RowBlocks.apply(
+        x.reshape(-1, x.shape[-1]), kind, recompute_scores, len(keys), *keys, *values
+    )
     return out.reshape(*x.shape[:-1], out.shape[-1])
 
 
@@ -65,6 +74,16 @@ def weights_and_rest(scores: list[Tensor], kind: WeightKind) -> tuple[list[Tenso
     norm = _fast_row_norm(activated)
     _normalise(activated, norm, kind)
     return activated, _Stored(scores, norm)
+
+
+def _stored_again(scores: list[Tensor], norm: Tensor | None, kind: WeightKind) -> _Stored:
+    """What :func:`weights_and_rest` stored, from the scores, which are overwritten, and the norm."""
+    if kind.norm_activation == "softmax":
+        return _Stored(_softmax(scores, kind), None)
+    if kind.norm_activation == "l2_norm_gelu":
+        assert norm is not None
+        _normalise(scores, norm, kind)
+    return _Stored(scores, norm)
 
 
 def weights_backward(
@@ -150,10 +169,13 @@ def _dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
 
 
 class _RowBlocks(torch.autograd.Function):
-    """Inputs: x [rows, d_in], the kind, the number of groups, then all keys and all values."""
+    """Inputs: x [rows, d_in], the kind, whether scores are made again in the backward, the number of groups, then all
+    keys and all values."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, kind: WeightKind, groups: int, *tokens: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, kind: WeightKind, recompute_scores: bool, groups: int, *tokens: Tensor
+    ) -> Tensor:
         keys, values = tokens[:groups], tokens[groups:]
         keep = any(ctx.needs_input_grad)
         kept: list[Tensor | None] = []
@@ -162,8 +184,8 @@ class _RowBlocks(torch.autograd.Function):
             weights, stored = weights_and_rest([torch.mm(x[rows], k.t()) for k in keys], kind)
             _sum_of_products(weights, values, out[rows])
             if keep:
-                kept += [*stored.parts, stored.norm]
-        ctx.kind, ctx.groups = kind, groups
+                kept += [*(() if recompute_scores else stored.parts), stored.norm]
+        ctx.kind, ctx.recompute_scores, ctx.groups = kind, recompute_scores, groups
         ctx.save_for_backward(x, *tokens, *kept)
         return out
 
@@ -172,24 +194,25 @@ class _RowBlocks(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         groups = ctx.groups
         x, *rest = ctx.saved_tensors
-        keys, values, kept = rest[:groups], rest[groups : 2 * groups], rest[2 * groups :]
-        need_x, _, _, *need_tokens = ctx.needs_input_grad
+        keys, values, kept = rest[:groups], rest[groups : 2 * groups], iter(rest[2 * groups :])
+        need_x, _, _, _, *need_tokens = ctx.needs_input_grad
         grad_x = torch.empty_like(x) if need_x else None
         grads = [
             torch.zeros_like(token) if need else None
             for token, need in zip((*keys, *values), need_tokens, strict=True)
         ]
-        for index, rows in enumerate(_row_blocks(x.shape[0], sum(k.shape[0] for k in keys))):
-            *parts, norm = kept[index * (groups + 1) : (index + 1) * (groups + 1)]
+        for rows in _row_blocks(x.shape[0], sum(k.shape[0] for k in keys)):
+            if ctx.recompute_scores:
+                stored = _stored_again([torch.mm(x[rows], k.t()) for k in keys], next(kept), ctx.kind)
+            else:
+                stored = _Stored(list(islice(kept, groups)), next(kept))
             grad_rows = grad_out[rows]
-            weights, score_grads = weights_backward(
-                _Stored(parts, norm), [grad_rows @ v.t() for v in values], ctx.kind
-            )
+            weights, score_grads = weights_backward(stored, [grad_rows @ v.t() for v in values], ctx.kind)
             _add_products(grads[:groups], score_grads, x[rows])
             _add_products(grads[groups:], weights, grad_rows)
             if grad_x is not None:
                 _sum_of_products(score_grads, keys, grad_x[rows])
-        return grad_x, None, None, *grads
+        return grad_x, None, None, None, *grads
 
 
 def _sum_of_products(rows: Sequence[Tensor], tokens: Sequence[Tensor], out: Tensor) -> None:

@@ -1,11 +1,12 @@
 """Pattention on a GPU: matrix products of the vendor's library, one Triton pass between them each way.
 
 Saved for the backward are the input, the tokens, the scores and two numbers a row; the weights are computed again in
-the pass that makes the gradient of the scores. (Weights of softmax would do in place of its scores, for a transfer
-less; but they lose by rounding to bfloat16, which the scores have gone through already.) Several projections of one
-input share the product that gives their scores, and the groups of a projection are one matrix, so neither costs
-launches of its own. The function is :func:`tokenformer.ops.pattention.pattention_reference`; as operators of torch
-they are opaque to ``torch.compile``, which fuses what is around them.
+the pass that makes the gradient of the scores. With ``recompute_scores`` the scores are not saved either: the backward
+begins with their product, and writes the weights in their place. (Weights of softmax would do in place of its scores,
+for a transfer less; but they lose by rounding to bfloat16, which the scores have gone through already.) Several
+projections of one input share the product that gives their scores, and the groups of a projection are one matrix, so
+neither costs launches of its own. The function is :func:`tokenformer.ops.pattention.pattention_reference`; as operators
+of torch they are opaque to ``torch.compile``, which fuses what is around them.
 """
 
 from __future__ import annotations
@@ -42,7 +43,12 @@ _SERVES_DEVICES = _serves_devices()  # once: a compiled caller cannot ask
 
 
 def pattention_fused(
-    x: Tensor, keys: Sequence[Sequence[Tensor]], values: Sequence[Sequence[Tensor]], kind: WeightKind
+    x: Tensor,
+    keys: Sequence[Sequence[Tensor]],
+    values: Sequence[Sequence[Tensor]],
+    kind: WeightKind,
+    *,
+    recompute_scores: bool = False,
 ) -> list[Tensor]:
     """Several projections of one input, for what :func:`applies` admits; differentiable once.
 
@@ -52,6 +58,7 @@ def pattention_fused(
             Products take them in the dtype of ``x``; gradients of float32 tokens are never rounded to that.
         values: for each projection one [n_g, d_out] for each group g.
         kind: the weight function of all projections.
+        recompute_scores: keep no scores for the backward, which makes them again.
 
     Returns:
         [..., d_out] for each projection.
@@ -69,6 +76,7 @@ def pattention_fused(
         len(values),
         *kind,
         torch.is_grad_enabled() and any(t.requires_grad for t in leaves),
+        recompute_scores,
     )
     return [out.reshape(*x.shape[:-1], out.shape[-1]) for out in outputs]
 
@@ -86,12 +94,13 @@ def pattention_forward(
     gelu_approximate: str,
     norm_eps: float,
     keep: bool,
+    recompute_scores: bool,
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     """p projections of ``x`` [rows, d_in]; ``key`` [p * n, d_in] and ``value`` [p * n, d_out] are the tokens, in the
     dtype of ``x``, of ``keys`` and ``values`` (p * g groups), which stand for them in autograd alone.
 
     Returns p outputs [rows, d_out], and for the backward the scores [rows * p, n] and their statistics [rows * p, 2];
-    both empty unless ``keep``.
+    both empty unless ``keep``, the scores also with ``recompute_scores``.
     """
     from tokenformer.ops import pattention_sm90
     from tokenformer.ops.pattention_rows import weights_forward
@@ -102,17 +111,20 @@ def pattention_forward(
         scores, weights, statistics = pattention_sm90.scores_and_weights(x, key, projections, kind)
     else:
         scores = torch.mm(x, key.t()).view(-1, n)
-        weights, statistics = weights_forward(scores, kind, keep=keep)
+        weights, statistics = weights_forward(scores, kind, keep=keep and not recompute_scores)
+    nothing, no_statistics = _nothing_kept(x)
+    if recompute_scores or not keep:
+        scores = nothing  # before the outputs take memory
     by_projection = weights.view(-1, projections, n).unbind(1)
     outputs = [torch.mm(*pair) for pair in zip(by_projection, value.view(projections, n, -1), strict=True)]
-    return (outputs, scores, statistics) if keep else (outputs, *_nothing_kept(x))
+    return outputs, scores, statistics if keep else no_statistics
 
 
 @torch.library.custom_op("tokenformer::pattention_backward", mutates_args=())
 def pattention_backward(
     grads: list[Tensor],
     x: Tensor,
-    scores: Tensor,
+    scores: Tensor | None,
     statistics: Tensor,
     key: Tensor,
     value: Tensor,
@@ -127,10 +139,15 @@ def pattention_backward(
     value_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, key and value from ``grads``, p times [rows, d_out]; of the tokens only within the spans
-    [start, stop, start, stop, ...], arbitrary elsewhere; empty where none is wanted."""
-    projections, n = len(grads), scores.shape[1]
+    [start, stop, start, stop, ...], arbitrary elsewhere; empty where none is wanted. ``scores`` are None where they
+    were not kept."""
+    projections, n = len(grads), key.shape[0] // len(grads)
     kind = _kind(norm_activation, tau, gelu_approximate, norm_eps)
-    weights, score_grads = _through_weights(grads, scores, statistics, value, kind)
+    keep = scores is not None
+    if scores is None:
+        scores = torch.mm(x, key.t()).view(-1, n)
+    weights, score_grads = _through_weights(grads, scores, statistics, value, kind, keep=keep)
+    del scores
     value_grad = x.new_empty(value.shape if value_spans else 0, dtype=value_dtype)
     columns = weights.view(-1, projections, n)
     for start, stop in zip(value_spans[::2], value_spans[1::2], strict=True):
@@ -146,9 +163,9 @@ def pattention_backward(
 
 
 def _through_weights(
-    grads: list[Tensor], scores: Tensor, statistics: Tensor, value: Tensor, kind: WeightKind
+    grads: list[Tensor], scores: Tensor, statistics: Tensor, value: Tensor, kind: WeightKind, *, keep: bool
 ) -> tuple[Tensor, Tensor]:
-    """The weights again and the gradient of the scores, [rows * p, n] each."""
+    """The weights again and the gradient of the scores, [rows * p, n] each; unless ``keep`` the scores may be lost."""
     from tokenformer.ops import pattention_sm90
     from tokenformer.ops.pattention_rows import weights_backward
 
@@ -159,7 +176,7 @@ def _through_weights(
     by_projection = weight_grads.view(-1, projections, n).unbind(1)
     for grad, tokens, out in zip(grads, value.view(projections, n, -1), by_projection, strict=True):
         torch.mm(grad, tokens.t(), out=out)
-    return weights_backward(scores, weight_grads, statistics, kind)
+    return weights_backward(scores, weight_grads, statistics, kind, keep=keep)
 
 
 @pattention_forward.register_fake
@@ -170,19 +187,28 @@ def _(
     keys: list[Tensor],
     values: list[Tensor],
     projections: int,
-    *kind_and_keep: Any,
+    *rest: Any,
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     outputs = [x.new_empty(x.shape[0], value.shape[1]) for _ in range(projections)]
-    if not kind_and_keep[-1]:
-        return outputs, *_nothing_kept(x)
+    keep, recompute_scores = rest[-2:]
+    scores, statistics = _nothing_kept(x)
     rows = x.shape[0] * projections
-    scores = x.new_empty(rows, key.shape[0] // projections)
-    return outputs, scores, x.new_empty(rows, 2, dtype=torch.float32)
+    if keep and not recompute_scores:
+        scores = x.new_empty(rows, key.shape[0] // projections)
+    if keep:
+        statistics = x.new_empty(rows, 2, dtype=torch.float32)
+    return outputs, scores, statistics
 
 
 @pattention_backward.register_fake
 def _(
-    grads: list[Tensor], x: Tensor, scores: Tensor, statistics: Tensor, key: Tensor, value: Tensor, *rest: Any
+    grads: list[Tensor],
+    x: Tensor,
+    scores: Tensor | None,
+    statistics: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     need_x, key_spans, value_spans, key_dtype, value_dtype = rest[-5:]
     return (
@@ -193,10 +219,10 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    x, key, value, keys, values, projections, *kind, _ = inputs
+    x, key, value, keys, values, projections, *kind, _, recompute_scores = inputs
     _, scores, statistics = output
     ctx.mark_non_differentiable(scores, statistics)
-    ctx.save_for_backward(x, scores, statistics, key, value)
+    ctx.save_for_backward(x, None if recompute_scores else scores, statistics, key, value)
     ctx.kind = kind
     ctx.n = key.shape[0] // projections
     ctx.sizes = [[group.shape[0] for group in groups] for groups in (keys, values)]
@@ -204,14 +230,14 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
 
 
 def _backward(ctx: Any, grads: list[Tensor], *_: Tensor | None) -> tuple[Any, ...]:
-    need_x, _, _, *needed, _, _, _, _, _, _ = ctx.needs_input_grad
+    need_x, _, _, *needed = ctx.needs_input_grad[:5]
     x, *others = ctx.saved_tensors
     spans = [_trained_spans(sizes, flags, ctx.n) for sizes, flags in zip(ctx.sizes, needed, strict=True)]
     grad_x, *token_grads = pattention_backward(
         grads, x, *others, *ctx.kind, need_x, *spans, *(_sum_dtype(dtype, x.dtype) for dtype in ctx.dtypes)
     )
     parts = map(gradients_of_groups, token_grads, ctx.sizes, needed, ctx.dtypes)
-    return grad_x if need_x else None, None, None, *parts, *(None for _ in range(6))
+    return grad_x if need_x else None, None, None, *parts, *(None for _ in range(7))
 
 
 pattention_forward.register_autograd(_backward, setup_context=_setup_context)

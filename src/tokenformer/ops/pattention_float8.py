@@ -46,9 +46,12 @@ def pattention_float8(
     values: Sequence[Tensor],
     kind: WeightKind,
     rows: RowReductions = WHOLE_ROWS,
+    *,
+    recompute_scores: bool = False,
 ) -> Tensor:
     """As :func:`tokenformer.ops.pattention.pattention`."""
-    return pattention_float8_projections(x, [keys], [values], kind, rows)[0]
+    (out,) = pattention_float8_projections(x, [keys], [values], kind, rows, recompute_scores=recompute_scores)
+    return out
 
 
 def pattention_float8_projections(
@@ -57,6 +60,8 @@ def pattention_float8_projections(
     values: Sequence[Sequence[Tensor]],
     kind: WeightKind,
     rows: RowReductions = WHOLE_ROWS,
+    *,
+    recompute_scores: bool = False,
 ) -> list[Tensor]:
     """As :func:`tokenformer.ops.pattention.pattention_projections`, which it is where sizes are no multiples of 16,
     where the tokens are a part of the layer's, and in other dtypes than bfloat16."""
@@ -64,20 +69,24 @@ def pattention_float8_projections(
     sizes = (x.numel() // x.shape[-1], x.shape[-1], n, values[0][0].shape[-1])
     serves = autocast_dtype(x) == torch.bfloat16 and rows is WHOLE_ROWS
     if not serves or any(size % _MULTIPLE or size == 0 for size in sizes) or n > _LONGEST_ROW:
-        return pattention_projections(x, keys, values, kind, rows)
+        return pattention_projections(x, keys, values, kind, rows, recompute_scores=recompute_scores)
     with without_autocast(x.device.type):
-        return _fused(x.to(torch.bfloat16), keys, values, kind)
+        return _fused(x.to(torch.bfloat16), keys, values, kind, recompute_scores)
 
 
 def _fused(
-    x: Tensor, keys: Sequence[Sequence[Tensor]], values: Sequence[Sequence[Tensor]], kind: WeightKind
+    x: Tensor,
+    keys: Sequence[Sequence[Tensor]],
+    values: Sequence[Sequence[Tensor]],
+    kind: WeightKind,
+    recompute_scores: bool,
 ) -> list[Tensor]:
     flat_keys, flat_values = (
         [group for projection in tokens for group in projection] for tokens in (keys, values)
     )
     matrices = (one_matrix(groups, torch.bfloat16).contiguous() for groups in (flat_keys, flat_values))
     outputs, scales, *_ = float8_forward(
-        x.reshape(-1, x.shape[-1]), *matrices, flat_keys, flat_values, len(values), *kind
+        x.reshape(-1, x.shape[-1]), *matrices, flat_keys, flat_values, len(values), *kind, recompute_scores
     )
     return [
         _Scaled.apply(out, scale).reshape(*x.shape[:-1], out.shape[-1])
@@ -117,13 +126,14 @@ def float8_forward(
     tau: float,
     gelu_approximate: str,
     norm_eps: float,
+    recompute_scores: bool,
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """p projections of ``x`` [rows, d_in]; ``key`` [p * n, d_in] and ``value`` [p * n, d_out] are the tokens, bfloat16,
     of ``keys`` and ``values`` (p * g groups), which stand for them in autograd alone.
 
-    Returns p outputs [rows, d_out] and the scales of their rows [p, rows]; the scores [rows * p, n] and their
-    statistics [rows * p, 2]; in float8 the weights [p, rows, n], the input [rows, d_in] with its scales [rows], the
-    keys transposed [d_in, p * n] and the values [p * n, d_out]; and the table of numbers.
+    Returns p outputs [rows, d_out] and the scales of their rows [p, rows]; the scores [rows * p, n] (empty with
+    ``recompute_scores``) and their statistics [rows * p, 2]; in float8 the weights [p, rows, n], the input [rows, d_in]
+    with its scales [rows], the keys transposed [d_in, p * n] and the values [p * n, d_out]; and the table of numbers.
     """
     from tokenformer.ops.pattention_float8_triton import forward_to_float8
 
@@ -149,6 +159,8 @@ def float8_forward(
         **options,
         **launch,
     )
+    if recompute_scores:
+        scores = x.new_empty(0)
     outputs = [
         _product(w, v, numbers[_VALUE])
         for w, v in zip(weights, value_transposed.split(n, dim=1), strict=True)
@@ -160,7 +172,7 @@ def float8_forward(
 @torch.library.custom_op("tokenformer::pattention_float8_backward", mutates_args=())
 def float8_backward(
     grads: list[Tensor],
-    scores: Tensor,
+    scores: Tensor | None,
     statistics: Tensor,
     weights: Tensor,
     weight_scales: Tensor,
@@ -177,8 +189,9 @@ def float8_backward(
     need_key: bool,
     need_value: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """From ``grads``, p times [rows, d_out], and what the forward returned: gradients of x [rows, d_in], the scales of
-    its rows [rows], of the keys [p * n, d_in] and the values [p * n, d_out], float32; empty where not wanted."""
+    """From ``grads``, p times [rows, d_out], and what the forward returned (None for scores that were not kept):
+    gradients of x [rows, d_in], the scales of its rows [rows], of the keys [p * n, d_in] and the values [p * n, d_out],
+    float32; empty where not wanted."""
     from tokenformer.ops.pattention_float8_triton import backward_to_float8
 
     projections, rows, n = weights.shape
@@ -194,6 +207,10 @@ def float8_backward(
         for a, b, out in zip(weights_transposed, grads_transposed, value_grad.split(n), strict=True):
             _product(a, b, numbers[_GRAD], numbers[_WEIGHT], out=out)
         del grads_transposed, weights_transposed
+    if scores is None:
+        scales = numbers[_KEY, :1].expand(x.shape[1]).contiguous()
+        key = _transposed(key_transposed[None], scales[None], numbers[_KEY])[0]
+        scores = _product(x, key, numbers[_KEY])
     score_grads = torch.empty(rows, projections * n, dtype=FLOAT8, device=x.device)
     score_grad_scales = torch.empty(rows, device=x.device)
     launch, numbers_of_kind, options = _layout(
@@ -214,7 +231,7 @@ def float8_backward(
         **launch,
         PROJECTIONS=projections,
     )
-    del weight_grads
+    del weight_grads, scores
     key_grad = torch.empty((projections * n, x.shape[1]) if need_key else 0, device=x.device)
     if need_key:
         a = _transposed(score_grads[None], score_grad_scales[None], numbers[_SCORE_GRAD])[0]
@@ -233,7 +250,7 @@ def _(
     keys: list[Tensor],
     values: list[Tensor],
     projections: int,
-    *kind: Any,
+    *rest: Any,
 ) -> Any:
     rows, d_in, d_out, tokens = x.shape[0], x.shape[1], value.shape[1], key.shape[0]
     n = tokens // projections
@@ -245,7 +262,8 @@ def _(
         return x.new_empty(size, dtype=torch.float32)
 
     outputs = [x.new_empty(rows, d_out) for _ in range(projections)]
-    scores, statistics = x.new_empty(rows * projections, n), float32(rows * projections, 2)
+    scores = x.new_empty(0) if rest[-1] else x.new_empty(rows * projections, n)
+    statistics = float32(rows * projections, 2)
     kept = float8(rows, d_in), float32(rows), float8(d_in, tokens), float8(tokens, d_out), float32(8, 4)
     return outputs, float32(projections, rows), scores, statistics, float8(projections, rows, n), *kept
 
@@ -253,7 +271,7 @@ def _(
 @float8_backward.register_fake
 def _(
     grads: list[Tensor],
-    scores: Tensor,
+    scores: Tensor | None,
     statistics: Tensor,
     weights: Tensor,
     weight_scales: Tensor,
@@ -278,21 +296,21 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    _, _, _, keys, values, _, *kind = inputs
+    _, _, _, keys, values, _, *kind, recompute_scores = inputs
     _, weight_scales, scores, statistics, weights, *kept = output
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(scores, statistics, weights, weight_scales, *kept)
+    ctx.save_for_backward(None if recompute_scores else scores, statistics, weights, weight_scales, *kept)
     ctx.kind = kind
     ctx.sizes = [[group.shape[0] for group in groups] for groups in (keys, values)]
     ctx.dtypes = [groups[0].dtype for groups in (keys, values)]
 
 
 def _backward(ctx: Any, grads: list[Tensor], *_: Tensor | None) -> tuple[Any, ...]:
-    need_x, _, _, *needed, _, _, _, _, _ = ctx.needs_input_grad
+    need_x, _, _, *needed = ctx.needs_input_grad[:5]
     wanted = [need_x, *(any(flags) for flags in needed)]
     grad_x, scales, *token_grads = float8_backward(grads, *ctx.saved_tensors, *ctx.kind, *wanted)
     parts = map(gradients_of_groups, token_grads, ctx.sizes, needed, ctx.dtypes)
-    return _times(grad_x, scales) if need_x else None, None, None, *parts, *(None for _ in range(5))
+    return _times(grad_x, scales) if need_x else None, None, None, *parts, *(None for _ in range(6))
 
 
 float8_forward.register_autograd(_backward, setup_context=_setup_context)

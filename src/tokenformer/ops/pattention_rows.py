@@ -44,9 +44,9 @@ def weights_forward(scores: Tensor, kind: WeightKind, *, keep: bool) -> tuple[Te
     """Weights of all parameter tokens, and what :func:`weights_backward` needs beside the scores.
 
     Args:
-        scores: [rows, n], contiguous; bfloat16 or float32. Overwritten with the weights unless the backward needs it.
+        scores: [rows, n], contiguous; bfloat16 or float32. Overwritten with the weights unless ``keep``.
         kind: the weight function.
-        keep: whether there will be a backward.
+        keep: whether the scores are needed afterwards.
 
     Returns:
         Weights [rows, n] in the dtype of ``scores``; and statistics, [rows, 2] float32.
@@ -58,20 +58,21 @@ def weights_forward(scores: Tensor, kind: WeightKind, *, keep: bool) -> tuple[Te
 
 
 def weights_backward(
-    scores: Tensor, weight_grads: Tensor, statistics: Tensor, kind: WeightKind
+    scores: Tensor, weight_grads: Tensor, statistics: Tensor, kind: WeightKind, *, keep: bool = True
 ) -> tuple[Tensor, Tensor]:
     """The weights again, and the gradient of the scores.
 
     Args:
-        scores: [rows, n], as :func:`weights_forward` had them.
+        scores: [rows, n], as :func:`weights_forward` had them. Overwritten with the weights unless ``keep``.
         weight_grads: [rows, n], contiguous, same dtype; overwritten with the gradient of the scores.
         statistics: [rows, 2], from :func:`weights_forward`.
         kind: the weight function.
+        keep: whether the scores are needed afterwards.
 
     Returns:
         Weights and gradient of the scores, [rows, n] each.
     """
-    weights = torch.empty_like(scores)
+    weights = torch.empty_like(scores) if keep else scores
     _run(whole_backward, long_backward, 16, (scores, weight_grads, weights, statistics), kind)
     return weights, weight_grads
 

@@ -65,4 +65,9 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = rotated.chunk(2, dim=-1)
     turned = torch.cat((-second, first), dim=-1)
     rotated = (rotated * cos + turned * sin).to(x.dtype)
-    return torch.cat((rotated, rest), dim=-1) if rest.shape[-1] else rotated
+    if not rest.shape[-1]:
+        return rotated
+    # the heads of a position stay side by side in memory, as the projection gave them: attention's output has the
+    # layout of its queries, and only this one is the next product's input as it lies
+    by_position = (part.transpose(1, 2) for part in (rotated, rest))
+    return torch.cat(list(by_position), dim=-1).transpose(1, 2)

@@ -75,8 +75,16 @@ def _split_pattention(
     values: Sequence[Tensor],
     kind: WeightKind,
     *,
+    recompute_scores: bool = False,
     rows: RowReductions,
     group: str,
 ) -> Tensor:
-    share = pattention(to_ranks(x, group), local_parts(keys), local_parts(values), kind, rows)
+    share = pattention(
+        to_ranks(x, group),
+        local_parts(keys),
+        local_parts(values),
+        kind,
+        rows,
+        recompute_scores=recompute_scores,
+    )
     return sum_of_shares(share, group)

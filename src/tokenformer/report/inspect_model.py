@@ -18,6 +18,7 @@ from tokenformer.models.registry import load_config
 from tokenformer.models.tokenformer.config import ROLES, TokenFormerConfig
 from tokenformer.progress import short_number
 from tokenformer.report.tables import Table, byte_size, count
+from tokenformer.train.ladder import check_recomputation
 from tokenformer.train.memory import TrainingMemory, TrainingSetup, training_memory
 
 _OVERVIEW = (
@@ -62,8 +63,19 @@ def describe_model(
 
 
 def describe_memory(name: str, config: DecoderConfig, setup: TrainingSetup) -> dict[str, Any]:
-    """Bytes of training on one device, and what they were predicted for."""
-    values = asdict(setup) | {"activation_checkpointing": setup.activation_checkpointing.mode}
+    """Bytes of training on one device, and what they were predicted for.
+
+    Raises:
+        TokenFormerError: the model has no scores to recompute.
+    """
+    checkpointing = setup.activation_checkpointing
+    check_recomputation(checkpointing, config)
+    recomputed = checkpointing.recomputed_blocks(config.num_hidden_layers)
+    values = asdict(setup) | {
+        "activation_checkpointing": checkpointing.mode,
+        "recompute": checkpointing.recompute if recomputed else "nothing",
+        "recomputed_blocks": len(recomputed),
+    }
     return {"name": name, "setup": values, "bytes": training_memory(config, setup)._asdict()}
 
 
@@ -76,6 +88,8 @@ def memory_table(predictions: list[dict[str, Any]]) -> Table:
         "compiled": "compiled",
         "optimizer": "optimizer",
         "activation checkpointing": "activation_checkpointing",
+        "computed again": "recompute",
+        "in so many blocks": "recomputed_blocks",
         "devices that shard": "shard",
         "devices that split tokens": "tensor",
     }

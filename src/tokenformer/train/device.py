@@ -62,6 +62,13 @@ def rank_device(name: str, launch: Launch) -> torch.device:
     return find_device(f"cuda:{launch.local_rank}")
 
 
+def total_memory(device: torch.device) -> int:
+    """Bytes of the device's own memory, or of the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def require_memory(
     needed: int, device: torch.device, what: str, advice: str = "choose smaller sizes"
 ) -> None:
@@ -76,10 +83,7 @@ def require_memory(
     Raises:
         TokenFormerError: ``needed`` is more than the whole memory there.
     """
-    if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-    else:
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    total = total_memory(device)
     if needed > total:
         raise TokenFormerError(
             f"{what} takes at least {needed / 2**30:.3g} GiB of memory, but {device} has {total / 2**30:.3g} GiB; "

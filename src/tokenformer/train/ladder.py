@@ -9,6 +9,7 @@ from tokenformer.errors import TokenFormerError
 from tokenformer.growth.spec import grown_config
 from tokenformer.models.config import DecoderConfig
 from tokenformer.models.tokenformer.config import ROLES, TokenFormerConfig
+from tokenformer.train.sections import ActivationCheckpointingConfig
 
 if TYPE_CHECKING:
     from tokenformer.train.config import StageConfig
@@ -21,7 +22,8 @@ def model_configs(
     or, for a later ``first``, the one in that stage.
 
     Raises:
-        TokenFormerError: a growth that cannot be, or a sequence longer than the model's context; with its stage.
+        TokenFormerError: a growth that cannot be, or a sequence longer than the model's context, with its stage; scores
+            to recompute that are not there.
     """
     configs = []
     current = initial
@@ -36,8 +38,23 @@ def model_configs(
                 f"data.sequence_length: found {stage.data.sequence_length} in {stage.name}, but the model's "
                 f"max_position_embeddings is {current.max_position_embeddings}"
             )
+        check_recomputation(stage.activation_checkpointing, current)
         configs.append(current)
     return configs
+
+
+def check_recomputation(checkpointing: ActivationCheckpointingConfig, model: DecoderConfig) -> None:
+    """Refuse to recompute what the model does not have.
+
+    Raises:
+        TokenFormerError: scores of parameter tokens, of a model without.
+    """
+    without = not isinstance(model, TokenFormerConfig)
+    if without and checkpointing.mode != "none" and checkpointing.recompute == "scores":
+        raise TokenFormerError(
+            f"activation_checkpointing.recompute: found 'scores' for a {model.architecture}, which has no parameter "
+            "tokens; expected 'block'"
+        )
 
 
 def num_growth_groups(config: DecoderConfig) -> int:

@@ -13,7 +13,7 @@ from tokenformer.models.config import DecoderConfig
 from tokenformer.models.tokenformer.config import ROLES, TokenFormerConfig
 from tokenformer.models.transformer.config import TransformerConfig
 from tokenformer.parallel.sizes import ALONE, MeshSizes
-from tokenformer.train.sections import ActivationCheckpointingConfig
+from tokenformer.train.sections import ActivationCheckpointingConfig, Recompute
 
 if TYPE_CHECKING:
     from tokenformer.train.config import StageConfig
@@ -45,6 +45,11 @@ class TrainingSetup:
     tensor: int = 1
     reshard_after_forward: bool = True
     trained: float = 1.0
+
+    def recomputed(self, num_blocks: int, what: Recompute) -> int:
+        """Blocks that compute this again in the backward."""
+        checkpointing = self.activation_checkpointing
+        return len(checkpointing.recomputed_blocks(num_blocks)) if checkpointing.recompute == what else 0
 
     @property
     def tokens(self) -> int:
@@ -120,14 +125,17 @@ def training_memory(config: DecoderConfig, setup: TrainingSetup) -> TrainingMemo
 def kept_for_backward(config: DecoderConfig, setup: TrainingSetup) -> float:
     """Bytes that autograd keeps of ``model.hidden`` over one forward pass, copies of weights aside."""
     tokens, d = setup.tokens, config.hidden_size
-    recomputed = len(setup.activation_checkpointing.recomputed_blocks(config.num_hidden_layers))
-    whole = config.num_hidden_layers - recomputed
+    layers = config.num_hidden_layers
+    from_input, without_scores = (setup.recomputed(layers, what) for what in ("block", "scores"))
+    blocks = (layers - from_input - without_scores) * _kept_by_block(config, setup)
+    blocks += without_scores * _kept_by_block(config, setup, scores=False)
     ends = tokens * (_FLOAT * d + 2 * _FLOAT + 8)  # the final norm and the token ids
     angles = 2 * _FLOAT * setup.sequence_length * config.rotary_dim
-    return whole * _kept_by_block(config, setup) + recomputed * tokens * _FLOAT * d + ends + angles
+    return blocks + from_input * tokens * _FLOAT * d + ends + angles
 
 
-def _kept_by_block(config: DecoderConfig, setup: TrainingSetup) -> float:
+def _kept_by_block(config: DecoderConfig, setup: TrainingSetup, *, scores: bool = True) -> float:
+    """``scores``: whether those of Pattention are."""
     d, h, width = config.hidden_size, config.num_attention_heads, setup.width
     is_tokenformer = isinstance(config, TokenFormerConfig)
     heads = 4 * d * width + _FLOAT * h  # query, key, value, output, and the log-sum-exp of each row
@@ -138,44 +146,67 @@ def _kept_by_block(config: DecoderConfig, setup: TrainingSetup) -> float:
     norms = 4 * _FLOAT
     if is_tokenformer and width != _FLOAT:  # norms keep their results, which the products take
         stream, norms = 0, 2 * _FLOAT
-        inputs = 3
+        inputs = 2
         if not setup.compiled and setup.dtype == "float16":  # and those in float32, which it computes in
-            stream, inputs = 3, 2
+            stream, inputs = 3, 1
     elif setup.compiled and width == _FLOAT and _path(config, setup) != "fused":
-        stream, inputs = (2, 1) if is_tokenformer else (1, 4)
+        stream, inputs = (2, 0) if is_tokenformer else (1, 3)
     elif setup.compiled:
-        stream, inputs = 1, 4
+        stream, inputs = 1, 3
     else:
         # the inputs of both norms, in float32; those of the products, copied by autocast for each linear layer
-        stream, inputs = 2, 3 if width == _FLOAT else 5
+        stream, inputs = 2, 2 if width == _FLOAT else 4
     residual = _FLOAT * stream * d + width * inputs * d + norms
-    return setup.tokens * (residual + heads / split + _kept_by_inner(config, setup))
-
-
-def _kept_by_inner(config: DecoderConfig, setup: TrainingSetup) -> float:
-    """Bytes a token kept between the two products of each layer: scores and weights, or the MLP's features."""
     if isinstance(config, TransformerConfig):
-        return 2 * setup.width * config.mlp_size / setup.tensor
-    assert isinstance(config, TokenFormerConfig)
-    scores = (3 * config.param_tokens("qkv") + sum(map(config.param_tokens, ROLES[1:]))) / setup.tensor
-    has_norm = config.norm_activation in ("l2_norm_gelu", "gelu_l2_norm")
-    rows = 5 * _FLOAT * (4 if has_norm else 2)
+        inner = 2 * width * config.mlp_size / setup.tensor  # the MLP's features
+    else:
+        inner = _kept_beside_scores(config, setup, scores=scores)
+        inner += _bytes_by_score(config, setup) * _num_scores(config, setup) * scores
+    return setup.tokens * (residual + heads / split + inner)
+
+
+def _kept_beside_scores(config: DecoderConfig, setup: TrainingSetup, *, scores: bool) -> float:
+    """Bytes a token of what else the layers of a block keep between their two products, with ``scores`` or without:
+    figures of each row, and in float8 weights and inputs."""
+    has_norm = _has_norm(config)
+    path = _path(config, setup)
+    if path == "fused":
+        quantised = _num_scores(config, setup) + 3 * config.hidden_size if setup.float8 else 0
+        return quantised + 5 * 2 * _FLOAT
+    if path == "row_blocks":
+        return 5 * _FLOAT * has_norm
+    return 5 * _FLOAT * (4 if has_norm else 2) * scores
+
+
+def _bytes_by_score(config: DecoderConfig, setup: TrainingSetup) -> int:
+    """Kept of each score, and of what it goes through on its way to a weight."""
     path, width = _path(config, setup), _FLOAT if setup.dtype == "float16" else setup.width
     if path == "row_blocks":
-        return _FLOAT * scores + rows / 4  # the scores alone
+        return _FLOAT  # the scores alone
     if path == "fused":
-        quantised = (
-            scores + 3 * config.hidden_size if setup.float8 else 0
-        )  # weights and inputs, beside the scores
-        return width * scores + quantised + 5 * 2 * _FLOAT  # and two figures of each row
+        return width
+    assert isinstance(config, TokenFormerConfig)
     if setup.compiled and setup.tensor > 1 and config.norm_activation != "gelu":
         # sums over the ranks stand between the steps, which keeps two of them in float32
-        return (2 * _FLOAT + width * (2 if config.norm_activation == "gelu_l2_norm" else 1)) * scores + rows
+        return 2 * _FLOAT + width * (2 if config.norm_activation == "gelu_l2_norm" else 1)
     if setup.compiled:
-        return 2 * width * scores + rows  # scores and weights
+        return 2 * width  # scores and weights
     # the plain definition: each step between scores and weights in float32, and the weights as they are multiplied
-    steps = 3 if has_norm else 1
-    return (_FLOAT * steps + (2 if setup.dtype == "bfloat16" else _FLOAT)) * scores + rows
+    steps = 3 if _has_norm(config) else 1
+    return _FLOAT * steps + (2 if setup.dtype == "bfloat16" else _FLOAT)
+
+
+def _num_scores(config: DecoderConfig, setup: TrainingSetup) -> float:
+    """Of a token, over the five layers of a block."""
+    assert isinstance(config, TokenFormerConfig)
+    return (3 * config.param_tokens("qkv") + sum(map(config.param_tokens, ROLES[1:]))) / setup.tensor
+
+
+def _has_norm(config: DecoderConfig) -> bool:
+    return isinstance(config, TokenFormerConfig) and config.norm_activation in (
+        "l2_norm_gelu",
+        "gelu_l2_norm",
+    )
 
 
 def _path(config: DecoderConfig, setup: TrainingSetup) -> Literal["row_blocks", "fused", "definition"]:
@@ -192,7 +223,7 @@ def _path(config: DecoderConfig, setup: TrainingSetup) -> Literal["row_blocks", 
 def _weight_copies(config: DecoderConfig, setup: TrainingSetup) -> float:
     """Copies of the blocks' weights in the forward's dtype, kept from forward to backward."""
     computed_wide = setup.dtype == "float16" and isinstance(config, TokenFormerConfig)
-    recomputed = len(setup.activation_checkpointing.recomputed_blocks(config.num_hidden_layers))
+    recomputed = setup.recomputed(config.num_hidden_layers, "block")
     kept = 1 - max(0, recomputed - 1) / config.num_hidden_layers
     if setup.width == _FLOAT or computed_wide:
         if not isinstance(config, TokenFormerConfig) or _path(config, setup) != "fused":
@@ -241,8 +272,25 @@ def _backward_workspace(config: DecoderConfig, setup: TrainingSetup) -> float:
         inner = max(inner, 3 * config.param_tokens("qkv"))
     bytes_each = {"row_blocks": 0, "fused": 2 * width, "definition": 2 * width + _FLOAT}[path]
     inside = setup.tokens * inner / setup.tensor * bytes_each
-    again = _kept_by_block(config, setup) if setup.activation_checkpointing.mode != "none" else 0
-    return inside + again + setup.tokens * d * 3 * _FLOAT + 2 * _FLOAT * config.vocab_size * d
+    return (
+        inside
+        + _made_again(config, setup, inner)
+        + setup.tokens * d * 3 * _FLOAT
+        + 2 * _FLOAT * config.vocab_size * d
+    )
+
+
+def _made_again(config: DecoderConfig, setup: TrainingSetup, inner: int) -> float:
+    """What a block computes again for its backward: all that it would have kept, or the scores of its largest layer."""
+    layers = config.num_hidden_layers
+    if setup.recomputed(layers, "block"):
+        return _kept_by_block(config, setup)
+    if not setup.recomputed(layers, "scores") or _path(config, setup) == "row_blocks":
+        return 0
+    assert isinstance(config, TokenFormerConfig)
+    if _path(config, setup) == "fused" and config.norm_activation != "gelu" and not setup.float8:
+        return 0  # the weights take their place; a kernel that gives them with the product cannot do that
+    return setup.tokens * inner / setup.tensor * _bytes_by_score(config, setup)
 
 
 def _muon_workspace(config: DecoderConfig, setup: TrainingSetup) -> float:

@@ -8,11 +8,13 @@ import torch
 
 from tokenformer.errors import TokenFormerError
 from tokenformer.models.config import DecoderConfig
+from tokenformer.models.tokenformer.config import TokenFormerConfig
 from tokenformer.parallel.sizes import MeshSizes
 from tokenformer.progress import short_number
 from tokenformer.train.config import StageConfig
-from tokenformer.train.device import compute_dtype, require_memory, wants_compile
-from tokenformer.train.memory import stage_setup, training_memory
+from tokenformer.train.device import compute_dtype, require_memory, total_memory, wants_compile
+from tokenformer.train.memory import TrainingSetup, stage_setup, training_memory
+from tokenformer.train.sections import ActivationCheckpointingConfig, Recompute
 
 _SURELY = 0.85
 """Share of a prediction that is needed in any case: predictions are right to 15 %."""
@@ -44,7 +46,9 @@ def check_training_memory(
         sizes=sizes,
         reshard_after_forward=reshard_after_forward,
     )
-    memory = training_memory(config, replace(setup, trained=0.0) if is_adapter else setup)
+    if is_adapter:
+        setup = replace(setup, trained=0.0)
+    memory = training_memory(config, setup)
     parameters = short_number(config.num_parameters())
     sequences = f"{setup.micro_batch_size} sequences of {setup.sequence_length}"
     held = memory.weights + memory.gradients + memory.moments
@@ -53,7 +57,7 @@ def check_training_memory(
         round(_SURELY * memory.peak),
         device,
         f"data.micro_batch_size: training {parameters} parameters, {sequences} at once,",
-        advice="lower data.micro_batch_size, or set activation_checkpointing.mode=full",
+        advice=_advice(config, setup, device),
     )
     passes = forward_passes(stage, sizes)
     if passes > MAX_PASSES:
@@ -61,6 +65,20 @@ def check_training_memory(
             f"data.batch_tokens: {stage.data.batch_tokens} tokens are {passes} forward passes of {sequences} in every "
             f"step on each device, expected at most {MAX_PASSES}; lower it or raise data.micro_batch_size"
         )
+
+
+def _advice(config: DecoderConfig, setup: TrainingSetup, device: torch.device) -> str:
+    """What to change: fewer sequences at once, or the least recomputation that is enough with as many."""
+    what: tuple[Recompute, ...] = ("scores", "block") if isinstance(config, TokenFormerConfig) else ("block",)
+    for recompute in what:
+        full = ActivationCheckpointingConfig(mode="full", recompute=recompute)
+        peak = training_memory(config, replace(setup, activation_checkpointing=full)).peak
+        if _SURELY * peak <= total_memory(device):
+            fields = "activation_checkpointing.mode=full"
+            if recompute == "scores":
+                fields += " activation_checkpointing.recompute=scores"
+            return f"lower data.micro_batch_size, or set {fields}"
+    return "lower data.micro_batch_size"
 
 
 def forward_passes(stage: StageConfig, sizes: MeshSizes) -> int:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
@@ -21,6 +22,7 @@ def _not_zero(ranks: int) -> int:
     return ranks
 
 
+Recompute = Literal["block", "scores"]
 Ranks = Annotated[Int, Field(ge=-1), AfterValidator(_not_zero)]
 
 
@@ -124,16 +126,22 @@ class ParallelConfig(StrictModel):
 
 
 class ActivationCheckpointingConfig(StrictModel):
-    """Which blocks keep only their input for the backward and are computed again there: ``none``, ``selective``
-    (every ``every``-th), or ``full`` (all)."""
+    """Which blocks keep less for the backward and compute it again there: ``none``, ``selective`` (every ``every``-th,
+    or ``blocks`` of them, evenly spread), or ``full`` (all). ``recompute``: what they compute again: the whole
+    ``block`` from its input, or the ``scores`` of its Pattention layers alone, at one product of the six of a layer."""
 
     mode: Literal["none", "selective", "full"] = "none"
     every: PositiveInt = 2
+    blocks: PositiveInt | None = None
+    recompute: Recompute = "block"
 
-    def recomputed_blocks(self, num_blocks: int) -> range:
-        """Which of the blocks 0 to ``num_blocks`` - 1 are computed again."""
+    def recomputed_blocks(self, num_blocks: int) -> Sequence[int]:
+        """Which of the blocks 0 to ``num_blocks`` - 1 compute something again."""
         if self.mode == "none":
             return range(0)
+        if self.mode == "selective" and self.blocks is not None:
+            count = min(self.blocks, num_blocks)
+            return [(index + 1) * num_blocks // count - 1 for index in range(count)]
         every = 1 if self.mode == "full" else self.every
         return range(every - 1, num_blocks, every)
 
