@@ -104,6 +104,24 @@ def test_error_is_that_of_four_bits_less(
         assert ours.dtype == torch.float32
 
 
+def test_rows_of_zeros_do_not_drown_the_others() -> None:
+    """Padding has no gradient, or no input; where gradients are small, a scale of one for it would be the largest."""
+    x, keys, values = draw(48, 32, (64,), 1)
+    with torch.no_grad():
+        x[7] = 0
+    grad = 1e-9 * torch.randn(48, 32, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    grad[5] = 0
+    kind = WeightKind("gelu", 64.0)
+    leaves = (x, keys[0][0], values[0][0])
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        (out,) = pattention_float8_projections(x, keys, values, kind)
+    found = torch.autograd.grad(out, leaves, grad.to(out.dtype))
+    exact = torch.autograd.grad(pattention_reference(x, *keys, *values, kind), leaves, grad)
+    for ours, wide in zip(found, exact, strict=True):
+        assert (ours - wide).norm() <= 0.1 * wide.norm()
+    assert found[0][5].count_nonzero() == 0
+
+
 def scale_of(largest: Tensor) -> Tensor:
     """The smallest power of two that leaves at most 448."""
     fraction, exponent = torch.frexp(largest.double().cpu() / 448)

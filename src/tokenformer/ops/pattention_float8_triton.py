@@ -27,10 +27,10 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 @triton.jit
 def _scale_of(largest):
-    """For numbers of at most this absolute value: a 448th of it, rounded up to a power of two in its bits."""
+    """For numbers of at most this absolute value: a 448th of it, rounded up to a power of two in its bits. Of zeros a
+    tiny one, so that a row of them does not make the largest scale of all rows larger."""
     bits = (tl.maximum(largest, 1e-30) * (1 / 448)).to(tl.int32, bitcast=True)
-    power = ((bits + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
-    return tl.where(largest == 0, 1.0, power)
+    return ((bits + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
