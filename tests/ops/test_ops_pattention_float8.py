@@ -16,10 +16,6 @@ from tokenformer.ops.pattention import (
     pattention_reference,
 )
 from tokenformer.ops.pattention_float8 import (
-    FLOAT8,
-    _rows,
-    _tokens,
-    _transposed,
     has_float8,
     pattention_float8,
     pattention_float8_projections,
@@ -105,53 +101,22 @@ def test_error_is_that_of_four_bits_less(
         assert ours.dtype == torch.float32
 
 
-def scale_of(largest: Tensor) -> Tensor:
-    """The smallest power of two that leaves at most 448."""
-    fraction, exponent = torch.frexp(largest.double().cpu() / 448)
-    power = torch.where(fraction == 0.5, exponent - 1, exponent)
-    return torch.ldexp(torch.ones_like(fraction), power).to(DEVICE)
-
-
-def expected_bytes(x: Tensor, scale: Tensor) -> Tensor:
-    return (x.double() / scale).float().to(FLOAT8).view(torch.uint8)
-
-
-def assert_same_bytes(found: Tensor, expected: Tensor) -> None:
-    differs = found.view(torch.uint8) != expected
-    if DEVICE == "cpu":  # where kernels round for the interpreter, subnormal numbers are rounded twice
-        differs &= (expected & 127) > 8
-    wrong = differs.nonzero()
-    assert len(wrong) == 0, f"{len(wrong)} of {expected.numel()} bytes, the first at {wrong[0].tolist()}"
-
-
-COPIES = [(16, 16), (48, 32), (240, 48), (128, 128), (144, 272)]
-if DEVICE == "cuda":
-    COPIES += [(384, 256), (1152, 256), (1000, 784), (4096, 1024)]
-
-
-@pytest.mark.parametrize(("rows", "features"), COPIES)
-def test_copies_are_those_of_torch(rows: int, features: int) -> None:
-    """Every byte of what is quantised and of what is transposed, in full tiles and in ragged ones."""
-    x = torch.randn(rows, features, generator=torch.Generator().manual_seed(0)).to(DEVICE, torch.bfloat16)
-    numbers = torch.zeros(8, 4, device=DEVICE)
-    quantized, transposed = _tokens(x, numbers, 0, 1)
-    scale = scale_of(x.abs().max())
-    assert numbers[0, 0] == x.abs().max()
-    assert numbers[1, 0] == scale
-    assert_same_bytes(quantized, expected_bytes(x, scale))
-    assert_same_bytes(transposed, expected_bytes(x, scale).t())
-    x *= torch.logspace(-1, 0.5, rows, device=DEVICE, dtype=torch.bfloat16)[:, None]
-    both, scales = _rows([x, 2 * x], numbers[2])
-    exact = scale_of(x.abs().amax(1))
-    largest = 2 * exact.max()
-    assert numbers[2, 0] == largest
-    for i, of_rows in enumerate((exact, 2 * exact)):
-        assert torch.equal(scales[i].double(), of_rows)
-        assert_same_bytes(both[i], expected_bytes((i + 1) * x, of_rows[:, None]))
-    for found, narrow, of_rows in zip(
-        _transposed(both, scales, numbers[2]), both, (exact, 2 * exact), strict=True
-    ):
-        assert_same_bytes(found, expected_bytes(narrow.float() * of_rows[:, None], largest).t())
+def test_rows_of_zeros_do_not_drown_the_others() -> None:
+    """Padding has no gradient, or no input; where gradients are small, a scale of one for it would be the largest."""
+    x, keys, values = draw(48, 32, (64,), 1)
+    with torch.no_grad():
+        x[7] = 0
+    grad = 1e-9 * torch.randn(48, 32, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    grad[5] = 0
+    kind = WeightKind("gelu", 64.0)
+    leaves = (x, keys[0][0], values[0][0])
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        (out,) = pattention_float8_projections(x, keys, values, kind)
+    found = torch.autograd.grad(out, leaves, grad.to(out.dtype))
+    exact = torch.autograd.grad(pattention_reference(x, *keys, *values, kind), leaves, grad)
+    for ours, wide in zip(found, exact, strict=True):
+        assert (ours - wide).norm() <= 0.1 * wide.norm()
+    assert found[0][5].count_nonzero() == 0
 
 
 def test_other_sizes_and_dtypes_take_the_other_path() -> None:

@@ -8,7 +8,6 @@ which sum over rows, take transposed copies with one scale. Gradients of the tok
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -22,14 +21,17 @@ from tokenformer.ops.pattention import (
     WeightKind,
     pattention_projections,
 )
+from tokenformer.ops.pattention_float8_copies import (
+    FLOAT8,
+    product,
+    rows_to_float8,
+    tokens_to_float8,
+    transposed,
+)
 from tokenformer.ops.token_groups import gradients_of_groups, one_matrix
 
-FLOAT8 = torch.float8_e4m3fn
 _MULTIPLE = 16  # of every size of a product
 _LONGEST_ROW = 16384
-_TILE = (128, 128)  # of a transposition
-_TILE_WARPS = 8
-_BLOCK = 4096  # of tokens
 _MOST_EACH = 24  # scores that a thread holds
 _KEY_LARGEST, _VALUE_LARGEST, _KEY, _VALUE, _X, _WEIGHT, _SCORE_GRAD, _GRAD = range(8)
 """Rows of the table of numbers that are of a whole tensor: largest entries, then scales."""
@@ -139,10 +141,10 @@ def float8_forward(
 
     rows, n = x.shape[0], key.shape[0] // projections
     numbers = torch.zeros(8, 4, device=x.device)  # rows of 16 bytes
-    key, key_transposed = _tokens(key, numbers, _KEY_LARGEST, _KEY)
-    value, value_transposed = _tokens(value, numbers, _VALUE_LARGEST, _VALUE)
-    quantized, input_scales = _rows([x], numbers[_X])
-    scores = _product(quantized[0], key, numbers[_KEY]).view(-1, n)
+    key, key_transposed = tokens_to_float8(key, numbers, _KEY_LARGEST, _KEY)
+    value, value_transposed = tokens_to_float8(value, numbers, _VALUE_LARGEST, _VALUE)
+    quantized, input_scales = rows_to_float8([x], numbers[_X])
+    scores = product(quantized[0], key, numbers[_KEY]).view(-1, n)
     weights = torch.empty(projections, rows, n, dtype=FLOAT8, device=x.device)
     weight_scales = torch.empty(projections, rows, device=x.device)
     statistics = torch.empty(rows * projections, 2, device=x.device)
@@ -162,8 +164,7 @@ def float8_forward(
     if recompute_scores:
         scores = x.new_empty(0)
     outputs = [
-        _product(w, v, numbers[_VALUE])
-        for w, v in zip(weights, value_transposed.split(n, dim=1), strict=True)
+        product(w, v, numbers[_VALUE]) for w, v in zip(weights, value_transposed.split(n, dim=1), strict=True)
     ]
     kept = quantized[0], input_scales[0], key_transposed, value, numbers
     return outputs, weight_scales, scores, statistics, weights, *kept
@@ -196,16 +197,16 @@ def float8_backward(
 
     projections, rows, n = weights.shape
     numbers = numbers.clone()
-    quantized, grad_scales = _rows(grads, numbers[_GRAD])
+    quantized, grad_scales = rows_to_float8(grads, numbers[_GRAD])
     weight_grads = torch.empty(projections, rows, n, dtype=torch.bfloat16, device=x.device)
     for grad, tokens, out in zip(quantized, value.split(n), weight_grads, strict=True):
-        _product(grad, tokens, numbers[_VALUE], out=out)
+        product(grad, tokens, numbers[_VALUE], out=out)
     value_grad = torch.empty(value.shape if need_value else 0, device=x.device)
     if need_value:
-        grads_transposed = _transposed(quantized, grad_scales, numbers[_GRAD])
-        weights_transposed = _transposed(weights, weight_scales, numbers[_WEIGHT])
+        grads_transposed = transposed(quantized, grad_scales, numbers[_GRAD])
+        weights_transposed = transposed(weights, weight_scales, numbers[_WEIGHT])
         for a, b, out in zip(weights_transposed, grads_transposed, value_grad.split(n), strict=True):
-            _product(a, b, numbers[_GRAD], numbers[_WEIGHT], out=out)
+            product(a, b, numbers[_GRAD], numbers[_WEIGHT], out=out)
         del grads_transposed, weights_transposed
     if scores is None:
         scales = numbers[_KEY, :1].expand(x.shape[1]).contiguous()
@@ -234,11 +235,11 @@ def float8_backward(
     del weight_grads, scores
     key_grad = torch.empty((projections * n, x.shape[1]) if need_key else 0, device=x.device)
     if need_key:
-        a = _transposed(score_grads[None], score_grad_scales[None], numbers[_SCORE_GRAD])[0]
-        b = _transposed(x[None], input_scales[None], numbers[_X])[0]
-        _product(a, b, numbers[_X], numbers[_SCORE_GRAD], out=key_grad)
+        a = transposed(score_grads[None], score_grad_scales[None], numbers[_SCORE_GRAD])[0]
+        b = transposed(x[None], input_scales[None], numbers[_X])[0]
+        product(a, b, numbers[_X], numbers[_SCORE_GRAD], out=key_grad)
     nothing = torch.empty(0, dtype=torch.bfloat16, device=x.device)
-    grad_x = _product(score_grads, key_transposed, numbers[_KEY]) if need_x else nothing
+    grad_x = product(score_grads, key_transposed, numbers[_KEY]) if need_x else nothing
     return grad_x, score_grad_scales, key_grad, value_grad
 
 
@@ -314,86 +315,6 @@ def _backward(ctx: Any, grads: list[Tensor], *_: Tensor | None) -> tuple[Any, ..
 
 
 float8_forward.register_autograd(_backward, setup_context=_setup_context)
-
-
-def _product(
-    a: Tensor, b: Tensor, scale_b: Tensor, scale_a: Tensor | None = None, out: Tensor | None = None
-) -> Tensor:
-    """``a b^T`` times the scales, [m, k] and [n, k] to [m, n]; bfloat16, or as ``out`` is."""
-    scale_a = _one(a.device) if scale_a is None else scale_a[0]
-    dtype = torch.bfloat16 if out is None else out.dtype
-    if out is None:
-        out = torch.empty(a.shape[0], b.shape[0], dtype=dtype, device=a.device)
-    torch._scaled_mm(
-        a, b.t(), scale_a, scale_b[0], out_dtype=dtype, use_fast_accum=dtype == torch.bfloat16, out=out
-    )
-    return out
-
-
-@cache
-def _one(device: torch.device) -> Tensor:
-    return torch.ones((), device=device)
-
-
-def _rows(tensors: Sequence[Tensor], largest_scale: Tensor) -> tuple[Tensor, Tensor]:
-    """p tensors [rows, features] in float8 [p, rows, features], and the scales of their rows [p, rows]."""
-    from tokenformer.ops.pattention_float8_triton import quantize_rows
-
-    rows, features = tensors[0].shape
-    quantized = torch.empty(len(tensors), rows, features, dtype=FLOAT8, device=tensors[0].device)
-    scales = torch.empty(len(tensors), rows, device=tensors[0].device)
-    block = 1 << (features - 1).bit_length()
-    for tensor, place, of_rows in zip(tensors, quantized, scales, strict=True):
-        quantize_rows[(rows,)](
-            tensor.contiguous(), place, of_rows, largest_scale, features, BLOCK=block, num_warps=4
-        )
-    return quantized, scales
-
-
-def _transposed(quantized: Tensor, scales: Tensor, largest_scale: Tensor) -> Tensor:
-    """[p, rows, features] with ``scales`` [p, rows] to [p, features, rows] with one for all."""
-    from tokenformer.ops.pattention_float8_triton import transpose_rows
-
-    p, rows, features = quantized.shape
-    transposed = torch.empty(p, features, rows, dtype=FLOAT8, device=quantized.device)
-    transpose_rows[(*_tiles(rows, features), p)](
-        quantized,
-        scales,
-        largest_scale,
-        transposed.view(torch.int32),
-        rows,
-        features,
-        ROWS=_TILE[0],
-        COLUMNS=_TILE[1],
-        num_warps=_TILE_WARPS,
-    )
-    return transposed
-
-
-def _tokens(tokens: Tensor, numbers: Tensor, largest: int, scale: int) -> tuple[Tensor, Tensor]:
-    """``tokens`` [n, features] in float8, and transposed; fills two rows of the table."""
-    from tokenformer.ops.pattention_float8_triton import find_largest, quantize_tokens
-
-    n, features = tokens.shape
-    quantized = torch.empty(n, features, dtype=FLOAT8, device=tokens.device)
-    scales = torch.empty(n, device=tokens.device)
-    grid = (-(-tokens.numel() // _BLOCK),)
-    find_largest[grid](tokens, numbers[largest], tokens.numel(), BLOCK=_BLOCK)
-    quantize_tokens[grid](
-        tokens,
-        numbers[largest],
-        numbers[scale],
-        scales,
-        quantized,
-        n,
-        tokens.numel(),
-        BLOCK=_BLOCK,
-    )
-    return quantized, _transposed(quantized[None], scales[None], numbers[scale])[0]
-
-
-def _tiles(rows: int, columns: int) -> tuple[int, int]:
-    return -(-rows // _TILE[0]), -(-columns // _TILE[1])
 
 
 def _layout(

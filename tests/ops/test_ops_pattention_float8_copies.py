@@ -1,0 +1,67 @@
+"""Tensors in float8 and their transposed copies, byte for byte: on a GPU, or by Triton's interpreter on the CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from tokenformer.ops.pattention_float8 import has_float8
+from tokenformer.ops.pattention_float8_copies import FLOAT8, rows_to_float8, tokens_to_float8, transposed
+
+pytest.importorskip("triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if torch.cuda.is_available():
+    pytestmark = [
+        pytest.mark.gpu,
+        pytest.mark.skipif(not has_float8(torch.device("cuda")), reason="needs a GPU with float8"),
+    ]
+
+
+def scale_of(largest: Tensor) -> Tensor:
+    """The smallest power of two that leaves at most 448."""
+    fraction, exponent = torch.frexp(largest.double().cpu() / 448)
+    power = torch.where(fraction == 0.5, exponent - 1, exponent)
+    return torch.ldexp(torch.ones_like(fraction), power).to(DEVICE)
+
+
+def expected_bytes(x: Tensor, scale: Tensor) -> Tensor:
+    return (x.double() / scale).float().to(FLOAT8).view(torch.uint8)
+
+
+def assert_same_bytes(found: Tensor, expected: Tensor) -> None:
+    differs = found.view(torch.uint8) != expected
+    if DEVICE == "cpu":  # where kernels round for the interpreter, subnormal numbers are rounded twice
+        differs &= (expected & 127) > 8
+    wrong = differs.nonzero()
+    assert len(wrong) == 0, f"{len(wrong)} of {expected.numel()} bytes, the first at {wrong[0].tolist()}"
+
+
+COPIES = [(16, 16), (48, 32), (240, 48), (128, 128), (144, 272)]
+if DEVICE == "cuda":
+    COPIES += [(384, 256), (1152, 256), (1000, 784), (4096, 1024)]
+
+
+@pytest.mark.parametrize(("rows", "features"), COPIES)
+def test_copies_are_those_of_torch(rows: int, features: int) -> None:
+    """Every byte of what is quantised and of what is transposed, in full tiles and in ragged ones."""
+    x = torch.randn(rows, features, generator=torch.Generator().manual_seed(0)).to(DEVICE, torch.bfloat16)
+    numbers = torch.zeros(8, 4, device=DEVICE)
+    quantized, turned = tokens_to_float8(x, numbers, 0, 1)
+    scale = scale_of(x.abs().max())
+    assert numbers[0, 0] == x.abs().max()
+    assert numbers[1, 0] == scale
+    assert_same_bytes(quantized, expected_bytes(x, scale))
+    assert_same_bytes(turned, expected_bytes(x, scale).t())
+    x *= torch.logspace(-1, 0.5, rows, device=DEVICE, dtype=torch.bfloat16)[:, None]
+    both, scales = rows_to_float8([x, 2 * x], numbers[2])
+    exact = scale_of(x.abs().amax(1))
+    largest = 2 * exact.max()
+    assert numbers[2, 0] == largest
+    for i, of_rows in enumerate((exact, 2 * exact)):
+        assert torch.equal(scales[i].double(), of_rows)
+        assert_same_bytes(both[i], expected_bytes((i + 1) * x, of_rows[:, None]))
+    for found, narrow, of_rows in zip(
+        transposed(both, scales, numbers[2]), both, (exact, 2 * exact), strict=True
+    ):
+        assert_same_bytes(found, expected_bytes(narrow.float() * of_rows[:, None], largest).t())
