@@ -146,7 +146,21 @@ def test_all_tiles_of_a_row_run_in_one_round(
 
 def test_a_processor_is_not_served() -> None:
     x, key = torch.zeros(2048, 64, dtype=torch.bfloat16), torch.zeros(256, 64, dtype=torch.bfloat16)
+    assert not pattention_sm90.takes(x, key, 256)
     assert not pattention_sm90.serves(x, key, 256, WeightKind("gelu", 256.0), backward=False)
+
+
+def test_it_serves_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pattention_sm90, "takes", lambda a, b, n: True)
+    monkeypatch.setattr(pattention_sm90, "PAYS", {("gelu", True): 512})
+    x = torch.zeros(2048, 64)
+    served = {
+        (name, n, backward): pattention_sm90.serves(x, x, n, WeightKind(name, 1.0), backward=backward)
+        for name in ("gelu", "softmax")
+        for n in (504, 512)
+        for backward in (False, True)
+    }
+    assert [case for case, serves in served.items() if serves] == [("gelu", 512, True)]
 
 
 def test_a_kernel_that_cannot_be_had_is_said_once_and_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,12 +198,10 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize("size", [1.0, 1e15, 1e-15, 0.0])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_the_whole_is_a_product_and_its_passes(
-    norm_activation: str, size: float, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+    norm_activation: str, size: float, shape: tuple[int, ...]
 ) -> None:
     from tokenformer.ops.pattention_rows import weights_backward, weights_forward
 
-    every = {(name, backward): 0 for name in NORM_ACTIVATIONS for backward in (False, True)}
-    monkeypatch.setattr(pattention_sm90, "PAYS", every)
     rows, d_in, d_out, n, projections = shape
     kind = WeightKind(norm_activation, float(n), "tanh" if size == 1 and n == 264 else "none")
     generator = torch.Generator("cuda").manual_seed(n)
@@ -199,7 +211,7 @@ def test_the_whole_is_a_product_and_its_passes(
 
     x, key = normal(rows, d_in, size), normal(projections * n, d_in, d_in**-0.5)
     value, grads = normal(projections * n, d_out, n**-0.5), [normal(rows, d_out, 1.0)] * projections
-    if not pattention_sm90.serves(x, key, n, kind, backward=False):
+    if not pattention_sm90.takes(x, key, n):
         pytest.skip("needs a Hopper GPU")
     scores, weights, statistics = pattention_sm90.scores_and_weights(x, key, projections, kind)
     expected_scores = torch.mm(x, key.t()).view(-1, n)

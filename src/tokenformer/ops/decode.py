@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tokenformer.ops.decode_triton import ATTENTION, LAYER_NORM, SCORES, attend, embed, gemv
+from tokenformer.ops.decode_attention_triton import attend
+from tokenformer.ops.decode_triton import ATTENTION, LAYER_NORM, SCORES, embed, gemv
 from tokenformer.ops.pattention import NORM_ACTIVATIONS, WeightKind
 
 KEYS_A_BLOCK = 64

@@ -18,19 +18,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tokenformer.ops.decode_triton import _add_pairs, _attend_part, _cached, _joined_attention, _quick_gelu
-from tokenformer.ops.pattention_triton_math import (
-    GELU,
-    GELU_L2_NORM,
-    L2_NORM_GELU,
-    SOFTMAX,
-    before_statistics,
-    norm_of,
-    row_factor,
-    safe_squares,
-    scale_of,
-    weight_of,
-)
+from tokenformer.ops.decode_attention_triton import _attend_part, _cached
+from tokenformer.ops.decode_layers_vectors_triton import _normed, _spread, _weights
+from tokenformer.ops.decode_vectors_triton import _joined_attention
+from tokenformer.ops.pattention_triton_math import GELU, GELU_L2_NORM, before_statistics
 
 WHOLE = tl.constexpr(0)  # what one launch computes
 ATTENTION = tl.constexpr(1)
@@ -86,85 +77,6 @@ def _count(counter, number):
     )
 
 
-@triton.jit
-def _normed(parts, d, eps, PIECES: tl.constexpr):
-    """The layer norm of a row [1, d] in parts."""
-    total, squares = parts[0], parts[0] * parts[0]
-    for j in tl.static_range(1, PIECES):
-        total += parts[j]
-        squares += parts[j] * parts[j]
-    total, squares = tl.reduce((total, squares), 1, _add_pairs, keep_dims=True)
-    mean = total / d
-    scale = tl.rsqrt(tl.maximum(squares / d - mean * mean, 0.0) + eps)
-    normed = ()
-    for j in tl.static_range(PIECES):
-        normed = normed + ((parts[j] - mean) * scale,)  # noqa: RUF005
-    return normed
-
-
-@triton.jit
-def _sum(numbers):
-    return tl.sum(tl.sum(numbers, axis=1), axis=0)
-
-
-@triton.jit
-def _largest(numbers):
-    return tl.max(tl.max(numbers, axis=1), axis=0)
-
-
-@triton.jit
-def _weights(
-    parts, copies, tau, eps, KIND: tl.constexpr, TANH: tl.constexpr, EXACT: tl.constexpr, PIECES: tl.constexpr
-):
-    """Pattention's weights from what the phase before has stored, of which ``parts`` hold each number ``copies`` times;
-    guarded as in the kernels of the training step."""
-    first, second = 1.0, 1.0
-    if KIND == SOFTMAX:
-        largest = parts[0]
-        for j in tl.static_range(1, PIECES):
-            largest = tl.maximum(largest, parts[j])
-        first = _largest(largest)
-        total = tl.exp(parts[0] - first)
-        for j in tl.static_range(1, PIECES):
-            total += tl.exp(parts[j] - first)
-        second = tl.maximum(_sum(total) / copies, 1.0)
-    elif KIND != GELU:
-        squares = parts[0] * parts[0]
-        for j in tl.static_range(1, PIECES):
-            squares += parts[j] * parts[j]
-        total = _sum(squares) / copies
-        if not safe_squares(total):
-            largest = tl.abs(parts[0])
-            for j in tl.static_range(1, PIECES):
-                largest = tl.maximum(largest, tl.abs(parts[j]))
-            first = scale_of(_largest(largest))
-            squares = (parts[0] * first) * (parts[0] * first)
-            for j in tl.static_range(1, PIECES):
-                squares += (parts[j] * first) * (parts[j] * first)
-            total = _sum(squares) / copies
-        second = norm_of(total)
-    factor = row_factor(first, second, tl.sqrt(tau), tau, eps, KIND)
-    weights = ()
-    for j in tl.static_range(PIECES):
-        part = parts[j]
-        if KIND == L2_NORM_GELU and not EXACT:
-            part = _quick_gelu(part * (first * factor), TANH)
-        elif KIND != GELU:
-            part = weight_of(part, first, factor, KIND, TANH, EXACT)
-        weights = weights + (part,)  # noqa: RUF005
-    return weights
-
-
-@triton.jit
-def _spread(parts, ROWS: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr):
-    """[1, PIECE] to [ROWS, PIECE], through one axis: so the threads share the work of making a vector."""
-    wide = ()
-    for j in tl.static_range(PIECES):
-        row = tl.reshape(parts[j], (PIECE,))[None, :]
-        wide = wide + (tl.broadcast_to(row, (ROWS, PIECE)),)  # noqa: RUF005
-    return wide
-
-
 @triton.jit(do_not_specialize=["begin", "end", "turns"])
 def layers(
     stream,
@@ -216,7 +128,7 @@ def layers(
     float32, holds one after another: the residual stream [d], queries, keys and values [3, d], the scores of the three
     Pattentions, attention's parts [s, h, e] and their statistics [s, h]. ``counters`` [2] int32, zero: chunks done,
     parts of attention done. The caches are [L, h, T, e]; the rest is as for
-    :func:`~tokenformer.ops.decode_triton.attend`.
+    :func:`~tokenformer.ops.decode_attention_triton.attend`.
 
     ``turns``: chunks of a program (TURNS in the interpreter, which takes no other bounds of a range). MEET: programs
     wait for each other. Without it a launch takes chunks of one phase, and attention (PART) is one of its own.

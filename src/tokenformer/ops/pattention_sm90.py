@@ -36,16 +36,27 @@ _PARTS = (
 _SHARED_BYTES = 218_176
 _THREADS = 512
 _LEAST_ROWS = 1024
-PAYS = {("gelu", False): 0, ("gelu", True): 0, ("l2_norm_gelu", False): 2048}
+PAYS = {
+    ("gelu", False): 0,
+    ("gelu", True): 0,
+    ("l2_norm_gelu", False): 0,
+    ("l2_norm_gelu", True): 0,
+    ("gelu_l2_norm", True): 0,
+    ("softmax", True): 0,
+}
 """Kinds, and whether in the backward, for which it was measured to be faster than a product and a pass behind it: from
-so many parameter tokens on. (With row norms at n = 768 it was slower, at 3072 faster; nothing between was measured.)"""
+so many parameter tokens on (``benchmarks/pattention_kernel.py``)."""
 
 
 def serves(a: Tensor, b: Tensor, n: int, kind: WeightKind, *, backward: bool) -> bool:
-    """Whether the kernel takes the product of ``a`` [rows, inner] and tokens ``b`` [p * n, inner], and is worth it."""
+    """Whether the kernel :func:`takes` the product, and is worth it."""
+    return n >= PAYS.get((kind.norm_activation, backward), math.inf) and takes(a, b, n)
+
+
+def takes(a: Tensor, b: Tensor, n: int) -> bool:
+    """Whether the kernel can do the product of ``a`` [rows, inner] and tokens ``b`` [p * n, inner]."""
     return (
-        n >= PAYS.get((kind.norm_activation, backward), math.inf)
-        and a.device.type == "cuda"
+        a.device.type == "cuda"
         and _is_available()
         and a.dtype == b.dtype == torch.bfloat16
         and _is_hopper(a.device.index)
