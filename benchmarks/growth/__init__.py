@@ -3,5 +3,5 @@
 python -m benchmarks.growth data --out data/growth train.jsonl --validation V.jsonl --test T.jsonl
 python -m benchmarks.growth run benchmarks/growth/plans/tiny.yaml --data data/growth --out growth --workers 2
 python -m benchmarks.growth figures growth/results.jsonl --out figures
-python -m benchmarks.growth table growth/results.jsonl
+python -m benchmarks.growth table growth/results.jsonl [--groups p3-10 p3-20] [--markdown]
 """

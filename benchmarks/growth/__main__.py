@@ -57,6 +57,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     run.set_defaults(command=run_plan)
     table = commands.add_parser("table", help="medians over seeds")
     table.add_argument("results", type=Path, nargs="+")
+    table.add_argument("--groups", nargs="+", default=[], help="these alone, in this order")
+    table.add_argument("--markdown", action="store_true", help="for a document, every seed in parentheses")
     table.set_defaults(command=print_table)
     statistics = commands.add_parser("statistics", help="sizes of activations, weights and gradients by role")
     statistics.add_argument("plan", type=Path)
@@ -121,10 +123,20 @@ def run_plan(arguments: argparse.Namespace) -> None:
 
 
 def print_table(arguments: argparse.Namespace) -> None:
-    from benchmarks.growth.figures import growth_lines, ranking, read_all
+    from benchmarks.growth.tables import (
+        choose_groups,
+        document_growth,
+        document_ranking,
+        growth_lines,
+        ranking,
+        read_all,
+    )
 
-    results = read_all(arguments.results)
-    print("\n".join([*ranking(results), *growth_lines(results)]))
+    results = choose_groups(read_all(arguments.results), arguments.groups)
+    if arguments.markdown:
+        print("\n".join([*document_ranking(results), "", *document_growth(results)]).rstrip())
+    else:
+        print("\n".join([*ranking(results), *growth_lines(results)]))
 
 
 def print_statistics(arguments: argparse.Namespace) -> None:
@@ -147,7 +159,8 @@ def print_statistics(arguments: argparse.Namespace) -> None:
 
 
 def draw_figures(arguments: argparse.Namespace) -> None:
-    from benchmarks.growth.figures import draw_all, draw_chosen, read_all
+    from benchmarks.growth.figures import draw_all, draw_chosen
+    from benchmarks.growth.tables import read_all
 
     if arguments.runs:
         print(draw_chosen(read_all(arguments.results), arguments.runs, arguments.out))

@@ -1,14 +1,14 @@
-"""Tables and figures of results: medians over seeds, loss against total FLOPs, the sweeps."""
+"""Figures of results: loss against total FLOPs, where runs end, the sweeps."""
 
 from __future__ import annotations
 
-import json
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.growth.execute import Result
+from benchmarks.growth.tables import by_group, by_name, median
 
 from tokenformer.errors import TokenFormerError
 
@@ -17,74 +17,8 @@ if TYPE_CHECKING:
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 _SETTLED = 0.1  # the first share of a curve does not set the scale
+_NEAR = 0.02  # budgets that are met to whole steps
 _SHOWN = 1.15  # ends that are worse than the best by more lie outside the figure
-
-
-def read_all(paths: Iterable[Path]) -> list[Result]:
-    """Results of several files; of one id in one file the last line counts."""
-    found: dict[tuple[str, str], Result] = {}
-    for path in paths:
-        for line in path.read_text("utf-8").splitlines():
-            result = json.loads(line)
-            found[str(path), result["id"]] = result
-    return list(found.values())
-
-
-def by_name(results: Iterable[Result]) -> dict[str, list[Result]]:
-    """Results that differ in the seed alone."""
-    grouped: dict[str, list[Result]] = {}
-    for result in results:
-        grouped.setdefault(result["name"], []).append(result)
-    return grouped
-
-
-def median(results: Sequence[Result], field: str = "val") -> float:
-    """Median over seeds; infinite where one diverged."""
-    return statistics.median(float("inf") if r.get(field) is None else r[field] for r in results)
-
-
-def ranking(results: Sequence[Result]) -> list[str]:
-    """One line for each kind of run, the best of each group first, by validation."""
-    lines = []
-    for group in dict.fromkeys(result["group"] for result in results):
-        lines += [f"== {group}"]
-        named = by_name(result for result in results if result["group"] == group)
-        for name, runs in sorted(named.items(), key=lambda item: median(item[1])):
-            values = " ".join("-" if r.get("val") is None else f"{r['val']:.4f}" for r in runs)
-            spent = f"{runs[0].get('total_flops', 0) / 1e15:.3g} PFLOP"
-            size = f"{runs[0]['parameters'] / 1e6:.3g}M"
-            lines.append(
-                f"  val {median(runs):.4f} test {median(runs, 'test'):.4f} {size} {spent} {name} [{values}]"
-            )
-    return lines
-
-
-def rise_after_growth(result: Result, steps: int = 200) -> float | None:
-    """The highest of the fixed validations in the first steps after growth, over the level before it; None where the
-    run was not watched."""
-    started = result.get("started")
-    if not started or not result["watch"] or not result.get("curve"):
-        return None
-    first = _first_step(result)
-    seen = [value for _, step, value in result["curve"] if step <= first + steps]
-    return max([started["level_after"], *seen]) / started["level_before"]
-
-
-def growth_lines(results: Iterable[Result]) -> list[str]:
-    """One line for each kind of watched growth: how far the loss moved at once, and in the first 200 steps."""
-    lines = []
-    for name, runs in by_name(r for r in results if rise_after_growth(r) is not None).items():
-        moved = max(run["started"]["relative_change"] for run in runs)
-        highest = max(rise_after_growth(run) or 0.0 for run in runs)
-        lines.append(
-            f"  {name}: loss moved by {moved:.2g} at once; highest in 200 steps {highest:.4f} of the level before"
-        )
-    return ["== growth", *lines] if lines else []
-
-
-def _first_step(result: Result) -> int:
-    """Steps before the growth."""
-    return int(result["curve"][-1][1]) - int(result["effective"]["steps"])
 
 
 def draw_chosen(results: Sequence[Result], names: Sequence[str], path: Path) -> Path:
@@ -112,8 +46,8 @@ def draw_all(results: Sequence[Result], out: Path) -> list[Path]:
     """For each group its curves of loss against total FLOPs, its ends, and its sweep where a rate was varied."""
     out.mkdir(parents=True, exist_ok=True)
     written = []
-    for group in dict.fromkeys(result["group"] for result in results):
-        chosen = [result for result in results if result["group"] == group and result.get("val") is not None]
+    for group, found in by_group(results).items():
+        chosen = [result for result in found if result.get("val") is not None]
         curves = [result for result in chosen if result.get("curve")]
         if curves:
             written.append(
@@ -140,9 +74,7 @@ def draw_curves(
         labels = sides if len(set(sides.values())) == len(sides) else {name: name for name in sides}
     for index, (name, runs) in enumerate(named.items()):
         lines = [whole_curve(run, everything) for run in runs]
-        shortest = min(len(line) for line in lines)
-        flops = [point[0] for point in lines[0][:shortest]]
-        values = [statistics.median(line[i][2] for line in lines) for i in range(shortest)]
+        flops, values = _median_line(lines)
         color = COLORS[index % len(COLORS)]
         axes.plot(flops, values, color=color, label=f"{labels[name]} ({len(runs)})", linewidth=1.6)
         for run in runs[:1]:
@@ -205,11 +137,23 @@ def growth_points(result: Result, everything: Sequence[Result]) -> list[float]:
     return [*growth_points(parent, everything), *grown]
 
 
+def _median_line(lines: Sequence[Sequence[Sequence[float]]]) -> tuple[list[float], list[float]]:
+    """FLOPs of the first line where all lines are, and the median there: between its validations a line is straight."""
+    import numpy as np
+
+    begin, end = max(line[0][0] for line in lines), min(line[-1][0] for line in lines)
+    flops = [point[0] for point in lines[0] if begin * (1 - _NEAR) <= point[0] <= end * (1 + _NEAR)]
+    at = [np.interp(flops, [point[0] for point in line], [point[2] for point in line]) for line in lines]
+    return flops, np.median(at, axis=0).tolist()
+
+
 def _parent(result: Result, everything: Sequence[Result]) -> Result | None:
+    """From the same file, if it is there."""
     if result.get("parent") is None:
         return None
     wanted = f"{result['parent']}#{result['seed']}"
-    return next((other for other in everything if other["id"] == wanted and other.get("curve")), None)
+    found = [other for other in everything if other["id"] == wanted and other.get("curve")]
+    return min(found, key=lambda other: other.get("source") != result.get("source"), default=None)
 
 
 def _rate(result: Result) -> float:

@@ -138,6 +138,47 @@ def test_table_and_figures(finished: tuple[Path, Path], tmp_path: Path) -> None:
     assert all(Path(path).read_text("utf-8").rstrip().endswith("</svg>") for path in drawn)
 
 
+def test_table_for_a_document_over_several_files(finished: tuple[Path, Path], tmp_path: Path) -> None:
+    results = finished[1] / "results.jsonl"
+    more = tmp_path / "more.jsonl"
+    for_seed = {"id": "large#1", "seed": 1, "val": 1.25, "test": None}
+    more.write_text(json.dumps(read(finished[1])["large#0"] | for_seed) + "\n", "utf-8")
+    table = run_command("table", more, results, "--markdown", "--groups", "runs").splitlines()
+    first, second = (f"{run['val']:.3f}" for run in (read(finished[1])["large#0"], for_seed))
+    (line,) = (line for line in table if "`large`" in line)
+    assert f"({first}, {second})" in line
+    assert line.endswith("-) |")
+    assert sum("**" in line for line in table) == 1
+    assert any("`grown/moments=keep` (1) | 0.0e+00" in line for line in table)
+    run_command("figures", more, results, "--runs", "large", "--out", tmp_path / "two.svg")
+    assert "PFLOP (2)" in (tmp_path / "two.svg").read_text("utf-8")
+    with pytest.raises(SystemExit):
+        run_command("table", results, "--groups", "no-such")
+
+
+def test_curves_of_seeds_that_were_validated_elsewhere(tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT))
+        figures = importlib.import_module("benchmarks.growth.figures")
+    lines = [[[1.0, 1, 4.0], [2.0, 2, 3.0], [4.0, 4, 1.0]], [[0.5, 1, 5.0], [3.0, 2, 2.5], [3.99, 3, 1.5]]]
+    flops, values = figures._median_line(lines)
+    assert flops == [1.0, 2.0, 4.0]
+    assert values == pytest.approx([4.25, 3.25, 1.25])
+    parents = [{"id": "small#0", "curve": [1], "source": source} for source in ("a", "b")]
+    child = {"parent": "small", "seed": 0, "source": "b"}
+    assert figures._parent(child, parents) is parents[1]
+
+
+@pytest.mark.parametrize("path", sorted(TINY.parent.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_plan_is_valid(path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT))
+        plan = importlib.import_module("benchmarks.growth.plan")
+    runs = plan.expand(plan.load_plan(path))
+    flops = {run.id: run.flops for run in runs}
+    assert all(run.flops > flops.get(run.parent_id, 0) for run in runs)
+
+
 def test_a_plan_with_an_unknown_parent_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan = tmp_path / "plan.yaml"
     plan.write_text("config: {}\nmodels: {}\nruns: [{name: a, parent: b, flops: 1.0}]\n", "utf-8")
