@@ -8,11 +8,10 @@ import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.growth.execute import Place, Result, execute
 from benchmarks.growth.plan import Plan, Run, expand
@@ -28,20 +27,29 @@ def read_results(path: Path) -> dict[str, Result]:
     return {result["id"]: result for result in map(json.loads, lines)}
 
 
+class Work(NamedTuple):
+    """A run, and the process that does it."""
+
+    run: Run
+    process: ProcessPoolExecutor
+
+
 @dataclass
 class Lane:
-    """Processes on one GPU (None: whatever there is), from ``begins`` seconds on; ``running`` are at work."""
+    """Processes on one GPU (None: whatever there is), from ``begins`` seconds on; ``running`` are at work, ``idle`` are
+    not."""
 
     gpu: str | None = None
     begins: float = 0.0
-    running: dict[Future[Result], Run] = field(default_factory=dict)
-    processes: ProcessPoolExecutor | None = None
+    running: dict[Future[Result], Work] = field(default_factory=dict)
+    idle: list[ProcessPoolExecutor] = field(default_factory=list)
 
 
 class Pool:
     """Does what is missing of a plan. Every result is a line in ``OUT/results.jsonl`` as soon as it is there.
 
-    ``workers`` processes for each lane live as long as the pool, so that each pays for importing torch once. With
+    ``workers`` processes for each lane live as long as the pool, so that each pays for importing torch once; only that
+    of a failed run is replaced, as after an error of a GPU nothing works in it any more. With
     ``seconds`` no run is started that would not be finished by then, judged by the speed that its like has once
     everything is compiled; what still runs then is ended.
     """
@@ -84,17 +92,7 @@ class Pool:
         self.place.out.mkdir(parents=True, exist_ok=True)
         waiting = self.missing()
         total = len(waiting)
-        context = multiprocessing.get_context("spawn")
-        with ExitStack() as stack:
-            for lane in self.lanes:
-                lane.processes = stack.enter_context(
-                    ProcessPoolExecutor(
-                        self.workers,
-                        mp_context=context,
-                        initializer=_prepare_worker,
-                        initargs=(self.threads, lane.gpu),
-                    )
-                )
+        try:
             while True:
                 self._start(waiting)
                 running = [future for lane in self.lanes for future in lane.running]
@@ -102,18 +100,39 @@ class Pool:
                     return waiting
                 for future in wait(running, timeout=2, return_when=FIRST_COMPLETED).done:
                     lane = next(lane for lane in self.lanes if future in lane.running)
-                    run = lane.running.pop(future)
-                    self._keep(run, future.result(), len(lane.running) + 1)
+                    work = lane.running.pop(future)
+                    result = future.result()
+                    if result.get("failed"):
+                        work.process.shutdown(wait=False)
+                    else:
+                        lane.idle.append(work.process)
+                    self._keep(work.run, result, len(lane.running) + 1)
                     left = len(waiting) + sum(len(lane.running) for lane in self.lanes)
-                    print(self._line(run, total - left, total), flush=True)
+                    print(self._line(work.run, total - left, total), flush=True)
                 if self._left() < 0:
                     for process in multiprocessing.active_children():
                         process.kill()
-                    return [*waiting, *(run for lane in self.lanes for run in lane.running.values())]
+                    return [*waiting, *self._at_work()]
+        finally:
+            for lane in self.lanes:
+                for process in (*lane.idle, *(work.process for work in lane.running.values())):
+                    process.shutdown(wait=False)
+
+    def _at_work(self) -> list[Run]:
+        return [work.run for lane in self.lanes for work in lane.running.values()]
+
+    def _process(self, lane: Lane) -> ProcessPoolExecutor:
+        """One that is idle, or a new one."""
+        if lane.idle:
+            return lane.idle.pop()
+        context = multiprocessing.get_context("spawn")
+        return ProcessPoolExecutor(
+            1, mp_context=context, initializer=_prepare_worker, initargs=(self.threads, lane.gpu)
+        )
 
     def _start(self, waiting: list[Run]) -> None:
         """Give work to every process that is free."""
-        at_work = {run.id for lane in self.lanes for run in lane.running.values()}
+        at_work = {run.id for run in self._at_work()}
         for run in list(waiting):
             lane = self._free_lane()
             if lane is None:
@@ -126,12 +145,12 @@ class Pool:
             if self._needed(run, waiting, lane) > self._left():
                 continue  # it is asked again: what is expected may change
             waiting.remove(run)
-            assert lane.processes is not None
             parent = self.results[run.parent_id] if run.parent_id is not None else None
-            future = lane.processes.submit(
+            process = self._process(lane)
+            future = process.submit(
                 execute, run, self.plan, self.place, parent, is_parent=run.id in self.parents
             )
-            lane.running[future] = run
+            lane.running[future] = Work(run, process)
 
     def _free_lane(self) -> Lane | None:
         at = time.monotonic() - self.began

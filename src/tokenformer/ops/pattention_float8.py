@@ -286,12 +286,12 @@ def _(
         tuple(value.shape),
     )
     grad_x, grad_key, grad_value = (
-        scores.new_empty(size if wanted else (0,), dtype=dtype)
+        weights.new_empty(size if wanted else (0,), dtype=dtype)
         for size, wanted, dtype in zip(
             sizes, rest[-3:], (torch.bfloat16, torch.float32, torch.float32), strict=True
         )
     )
-    return grad_x, scores.new_empty(input_scales.shape, dtype=torch.float32), grad_key, grad_value
+    return grad_x, weights.new_empty(input_scales.shape, dtype=torch.float32), grad_key, grad_value
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
