@@ -2,8 +2,7 @@
 
 Every tensor is quantised as it is (dynamic scaling): inputs, weights and gradients with a power of two for each row,
 tokens with one for all. Rows are scaled back in what follows a product anyway. The products of the tokens' gradients,
-which sum over rows, take transposed copies, of which one makes up for the rows' scales in both. Gradients of the tokens
-are float32.
+which sum over rows, take transposed copies with one scale. Gradients of the tokens are float32.
 """
 
 from __future__ import annotations
@@ -28,13 +27,14 @@ from tokenformer.ops.pattention_float8_copies import (
     rows_to_float8,
     tokens_to_float8,
     transposed,
-    turn,
 )
 from tokenformer.ops.token_groups import gradients_of_groups, one_matrix
 
 _MULTIPLE = 16  # of every size of a product
 _LONGEST_ROW = 16384
 _MOST_EACH = 24  # scores that a thread holds
+_KEY_LARGEST, _VALUE_LARGEST, _KEY, _VALUE, _X, _WEIGHT, _SCORE_GRAD, _GRAD = range(8)
+"""Rows of the table of numbers that are of a whole tensor: largest entries, then scales."""
 
 
 def has_float8(device: torch.device) -> bool:
@@ -134,25 +134,27 @@ def float8_forward(
     of ``keys`` and ``values`` (p * g groups), which stand for them in autograd alone.
 
     Returns p outputs [rows, d_out] and the scales of their rows [p, rows]; the scores [rows * p, n] (empty with
-    ``recompute_scores``) and their statistics [rows * p, 2]; in float8 the weights [p, rows, n], the input transposed
-    [d_in, rows] with its scales [rows], the keys transposed [d_in, p * n] and the values [p * n, d_out], and the scales
-    of these two [2, 4].
+    ``recompute_scores``) and their statistics [rows * p, 2]; in float8 the weights [p, rows, n], the input [rows, d_in]
+    with its scales [rows], the keys transposed [d_in, p * n] and the values [p * n, d_out]; and the table of numbers.
     """
     from tokenformer.ops.pattention_float8_triton import forward_to_float8
 
     rows, n = x.shape[0], key.shape[0] // projections
-    tokens = tokens_to_float8(key, value)
-    (quantized,), (input_scales,), (x_transposed,) = rows_to_float8([x])
-    scores = product(quantized, tokens.key, tokens.scales[0]).view(-1, n)
+    numbers = torch.zeros(8, 4, device=x.device)  # rows of 16 bytes
+    key, key_transposed = tokens_to_float8(key, numbers, _KEY_LARGEST, _KEY)
+    value, value_transposed = tokens_to_float8(value, numbers, _VALUE_LARGEST, _VALUE)
+    quantized, input_scales = rows_to_float8([x], numbers[_X])
+    scores = product(quantized[0], key, numbers[_KEY]).view(-1, n)
     weights = torch.empty(projections, rows, n, dtype=FLOAT8, device=x.device)
     weight_scales = torch.empty(projections, rows, device=x.device)
     statistics = torch.empty(rows * projections, 2, device=x.device)
     launch, numbers_of_kind, options = _layout(1, n, norm_activation, tau, gelu_approximate, norm_eps)
     forward_to_float8[(-(-rows // launch["ROWS"]), projections)](
         scores,
-        input_scales,
+        input_scales[0],
         weights,
         weight_scales,
+        numbers[_WEIGHT],
         statistics,
         rows,
         *numbers_of_kind,
@@ -162,10 +164,9 @@ def float8_forward(
     if recompute_scores:
         scores = x.new_empty(0)
     outputs = [
-        product(w, v, tokens.scales[1])
-        for w, v in zip(weights, tokens.value_transposed.split(n, dim=1), strict=True)
+        product(w, v, numbers[_VALUE]) for w, v in zip(weights, value_transposed.split(n, dim=1), strict=True)
     ]
-    kept = x_transposed, input_scales, tokens.key_transposed, tokens.value, tokens.scales
+    kept = quantized[0], input_scales[0], key_transposed, value, numbers
     return outputs, weight_scales, scores, statistics, weights, *kept
 
 
@@ -176,11 +177,11 @@ def float8_backward(
     statistics: Tensor,
     weights: Tensor,
     weight_scales: Tensor,
-    x_transposed: Tensor,
+    x: Tensor,
     input_scales: Tensor,
     key_transposed: Tensor,
     value: Tensor,
-    token_scales: Tensor,
+    numbers: Tensor,
     norm_activation: str,
     tau: float,
     gelu_approximate: str,
@@ -195,24 +196,24 @@ def float8_backward(
     from tokenformer.ops.pattention_float8_triton import backward_to_float8
 
     projections, rows, n = weights.shape
-    device = weights.device
-    largest = torch.zeros(projections + 1, 4, device=device)
-    quantized, grad_scales, grads_transposed = rows_to_float8(grads, weight_scales, largest)
-    weight_grads = torch.empty(projections, rows, n, dtype=torch.bfloat16, device=device)
+    numbers = numbers.clone()
+    quantized, grad_scales = rows_to_float8(grads, numbers[_GRAD])
+    weight_grads = torch.empty(projections, rows, n, dtype=torch.bfloat16, device=x.device)
     for grad, tokens, out in zip(quantized, value.split(n), weight_grads, strict=True):
-        product(grad, tokens, token_scales[1], out=out)
-    value_grad = torch.empty(value.shape if need_value else 0, device=device)
+        product(grad, tokens, numbers[_VALUE], out=out)
+    value_grad = torch.empty(value.shape if need_value else 0, device=x.device)
     if need_value:
-        weights_transposed = transposed(weights, weight_scales, grad_scales, largest)
-        copies = zip(weights_transposed, grads_transposed, largest, value_grad.split(n), strict=False)
-        for a, b, scale, out in copies:
-            product(a, b, scale, out=out)
-        del weights_transposed, copies
-    del grads_transposed
+        grads_transposed = transposed(quantized, grad_scales, numbers[_GRAD])
+        weights_transposed = transposed(weights, weight_scales, numbers[_WEIGHT])
+        for a, b, out in zip(weights_transposed, grads_transposed, value_grad.split(n), strict=True):
+            product(a, b, numbers[_GRAD], numbers[_WEIGHT], out=out)
+        del grads_transposed, weights_transposed
     if scores is None:
-        scores = product(turn(x_transposed), turn(key_transposed), token_scales[0])
-    score_grads = torch.empty(rows, projections * n, dtype=FLOAT8, device=device)
-    score_grad_scales = torch.empty(rows, device=device)
+        scales = numbers[_KEY, :1].expand(x.shape[1]).contiguous()
+        key = transposed(key_transposed[None], scales[None], numbers[_KEY])[0]
+        scores = product(x, key, numbers[_KEY])
+    score_grads = torch.empty(rows, projections * n, dtype=FLOAT8, device=x.device)
+    score_grad_scales = torch.empty(rows, device=x.device)
     launch, numbers_of_kind, options = _layout(
         projections, n, norm_activation, tau, gelu_approximate, norm_eps
     )
@@ -223,7 +224,7 @@ def float8_backward(
         grad_scales,
         score_grads,
         score_grad_scales,
-        largest[projections],
+        numbers[_SCORE_GRAD],
         statistics,
         rows,
         *numbers_of_kind,
@@ -232,12 +233,13 @@ def float8_backward(
         PROJECTIONS=projections,
     )
     del weight_grads, scores
-    key_grad = torch.empty(key_transposed.shape[::-1] if need_key else 0, device=device)
+    key_grad = torch.empty((projections * n, x.shape[1]) if need_key else 0, device=x.device)
     if need_key:
-        scales = score_grad_scales[None], input_scales[None], largest[projections:]
-        product(transposed(score_grads[None], *scales)[0], x_transposed, largest[projections], out=key_grad)
-    nothing = torch.empty(0, dtype=torch.bfloat16, device=device)
-    grad_x = product(score_grads, key_transposed, token_scales[0]) if need_x else nothing
+        a = transposed(score_grads[None], score_grad_scales[None], numbers[_SCORE_GRAD])[0]
+        b = transposed(x[None], input_scales[None], numbers[_X])[0]
+        product(a, b, numbers[_X], numbers[_SCORE_GRAD], out=key_grad)
+    nothing = torch.empty(0, dtype=torch.bfloat16, device=x.device)
+    grad_x = product(score_grads, key_transposed, numbers[_KEY]) if need_x else nothing
     return grad_x, score_grad_scales, key_grad, value_grad
 
 
@@ -263,7 +265,7 @@ def _(
     outputs = [x.new_empty(rows, d_out) for _ in range(projections)]
     scores = x.new_empty(0) if rest[-1] else x.new_empty(rows * projections, n)
     statistics = float32(rows * projections, 2)
-    kept = float8(d_in, rows), float32(rows), float8(d_in, tokens), float8(tokens, d_out), float32(2, 4)
+    kept = float8(rows, d_in), float32(rows), float8(d_in, tokens), float8(tokens, d_out), float32(8, 4)
     return outputs, float32(projections, rows), scores, statistics, float8(projections, rows, n), *kept
 
 
@@ -274,24 +276,24 @@ def _(
     statistics: Tensor,
     weights: Tensor,
     weight_scales: Tensor,
-    x_transposed: Tensor,
+    x: Tensor,
     input_scales: Tensor,
     key_transposed: Tensor,
     value: Tensor,
     *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     sizes: tuple[tuple[int, ...], ...] = (
-        tuple(x_transposed.shape[::-1]),
+        tuple(x.shape),
         tuple(key_transposed.shape[::-1]),
         tuple(value.shape),
     )
     grad_x, grad_key, grad_value = (
-        weights.new_empty(size if wanted else (0,), dtype=dtype)
+        x.new_empty(size if wanted else (0,), dtype=dtype)
         for size, wanted, dtype in zip(
             sizes, rest[-3:], (torch.bfloat16, torch.float32, torch.float32), strict=True
         )
     )
-    return grad_x, weights.new_empty(input_scales.shape, dtype=torch.float32), grad_key, grad_value
+    return grad_x, x.new_empty(x.shape[0], dtype=torch.float32), grad_key, grad_value
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:

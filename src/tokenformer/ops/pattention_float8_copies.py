@@ -1,53 +1,29 @@
-"""Tensors in float8 (e4m3) with their scales, copies of them as products need them, and such products, on a GPU.
-
-A product takes both operands with the axis that it sums over as the last one, so most tensors are needed transposed as
-well. Rows of inputs and gradients have a scale each. Where a product sums over these rows, one operand has the bytes of
-its rows as they are, and the other one makes up for the scales of both.
-"""
+"""Tensors in float8 (e4m3) with their scales, copies of them as products need them, and such products, on a GPU."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 FLOAT8 = torch.float8_e4m3fn
-_TILE = {"ROWS": 128, "COLUMNS": 128, "num_warps": 8}  # of a transposition
-_ROWS = 32  # of a program that transposes as it scales rows
-_LARGEST_PIECE = 512  # of such a row
+_TILE = (128, 128)  # of a transposition
+_TILE_WARPS = 8
 _BLOCK = 4096  # of tokens
 
 
-class Rows(NamedTuple):
-    """p matrices: in float8 [p, rows, features], the scales of their rows [p, rows], and the same bytes transposed
-    [p, features, rows]."""
-
-    rows: Tensor
-    scales: Tensor
-    transposed: Tensor
-
-
-class Tokens(NamedTuple):
-    """Keys [n, d_in] and values [n, d_out] in float8, both transposed; and what scales them back: the first numbers of
-    the rows of ``scales`` [2, 4], which are 16 bytes for the sake of products."""
-
-    key: Tensor
-    key_transposed: Tensor
-    value: Tensor
-    value_transposed: Tensor
-    scales: Tensor
-
-
-def product(a: Tensor, b: Tensor, scale: Tensor, out: Tensor | None = None) -> Tensor:
-    """``a b^T`` times the first of ``scale``, [m, k] and [n, k] to [m, n]; bfloat16, or as ``out`` is."""
+def product(
+    a: Tensor, b: Tensor, scale_b: Tensor, scale_a: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
+    """``a b^T`` times the scales, [m, k] and [n, k] to [m, n]; bfloat16, or as ``out`` is."""
+    scale_a = _one(a.device) if scale_a is None else scale_a[0]
     dtype = torch.bfloat16 if out is None else out.dtype
     if out is None:
         out = torch.empty(a.shape[0], b.shape[0], dtype=dtype, device=a.device)
     torch._scaled_mm(
-        a, b.t(), _one(a.device), scale[0], out_dtype=dtype, use_fast_accum=dtype == torch.bfloat16, out=out
+        a, b.t(), scale_a, scale_b[0], out_dtype=dtype, use_fast_accum=dtype == torch.bfloat16, out=out
     )
     return out
 
@@ -57,86 +33,62 @@ def _one(device: torch.device) -> Tensor:
     return torch.ones((), device=device)
 
 
-def rows_to_float8(
-    tensors: Sequence[Tensor], others: Tensor | None = None, largest: Tensor | None = None
-) -> Rows:
-    """p tensors [rows, features] in float8.
+def rows_to_float8(tensors: Sequence[Tensor], largest_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """p tensors [rows, features] in float8 [p, rows, features], and the scales of their rows [p, rows]."""
+    from tokenformer.ops.pattention_float8_copies_triton import quantize_rows
 
-    Args:
-        tensors: bfloat16; rows are a multiple of 16.
-        others: scales [p, rows] of what is to be multiplied with these transposed copies.
-        largest: [p, 4], zero; its first numbers become the largest products of a row's two scales, for
-            :func:`transposed`.
-    """
-    from tokenformer.ops.pattention_float8_copies_triton import copy_rows
-
-    p, (rows, features), device = len(tensors), tensors[0].shape, tensors[0].device
-    found = Rows(
-        torch.empty(p, rows, features, dtype=FLOAT8, device=device),
-        torch.empty(p, rows, device=device),
-        torch.empty(p, features, rows, dtype=FLOAT8, device=device),
-    )
-    piece = min(_LARGEST_PIECE, max(features & -features, 64))
-    for i, tensor in enumerate(tensors):
-        copy_rows[(-(-rows // _ROWS),)](
-            tensor.contiguous(),
-            others[i] if others is not None else None,
-            largest[i] if largest is not None else None,
-            found.rows[i].view(torch.uint8),
-            found.transposed[i].view(torch.int32),
-            found.scales[i],
-            rows,
-            COLUMNS=features,
-            ROWS=_ROWS,
-            PIECE=piece,
-            WITH_OTHERS=others is not None,
-            num_warps=8 if piece > 256 else 4,
+    rows, features = tensors[0].shape
+    quantized = torch.empty(len(tensors), rows, features, dtype=FLOAT8, device=tensors[0].device)
+    scales = torch.empty(len(tensors), rows, device=tensors[0].device)
+    block = 1 << (features - 1).bit_length()
+    for tensor, place, of_rows in zip(tensors, quantized, scales, strict=True):
+        quantize_rows[(rows,)](
+            tensor.contiguous(), place, of_rows, largest_scale, features, BLOCK=block, num_warps=4
         )
-    return found
+    return quantized, scales
 
 
-def transposed(quantized: Tensor, scales: Tensor, others: Tensor, largest: Tensor) -> Tensor:
-    """[p, rows, features] with ``scales`` [p, rows] to [p, features, rows] with ``largest`` [p, 4] for all, in which
-    the scales ``others`` [p, rows] of what it is to be multiplied with are contained."""
+def transposed(quantized: Tensor, scales: Tensor, largest_scale: Tensor) -> Tensor:
+    """[p, rows, features] with ``scales`` [p, rows] to [p, features, rows] with one for all."""
     from tokenformer.ops.pattention_float8_copies_triton import transpose_rows
 
     p, rows, features = quantized.shape
-    copy = torch.empty(p, features, rows, dtype=FLOAT8, device=quantized.device)
-    transpose_rows[(-(-features // _TILE["COLUMNS"]), -(-rows // _TILE["ROWS"]), p)](
-        quantized, scales, others, largest, copy.view(torch.int32), rows, features, **_TILE
-    )
-    return copy
-
-
-def turn(quantized: Tensor) -> Tensor:
-    """[n, m] to [m, n], the same bytes."""
-    return quantized.view(torch.uint8).t().contiguous().view(FLOAT8)
-
-
-def tokens_to_float8(key: Tensor, value: Tensor) -> Tokens:
-    """``key`` [n, d_in] and ``value`` [n, d_out], contiguous, in float8; n is a multiple of 16."""
-    from tokenformer.ops.pattention_float8_copies_triton import copy_tokens, largest_of_tokens
-
-    largest, scales = torch.zeros(2, 4, device=key.device), torch.empty(2, 4, device=key.device)
-    blocks = sum(-(-tokens.numel() // _BLOCK) for tokens in (key, value))
-    largest_of_tokens[(blocks,)](key, value, largest, key.numel(), value.numel(), BLOCK=_BLOCK)
-    (copy, turned), (value_copy, value_turned) = (
-        [torch.empty(size, dtype=FLOAT8, device=key.device) for size in (tokens.shape, tokens.shape[::-1])]
-        for tokens in (key, value)
-    )
-    tiles = sum(-(-tokens.shape[1] // _TILE["COLUMNS"]) for tokens in (key, value))
-    copy_tokens[(tiles * -(-key.shape[0] // _TILE["ROWS"]),)](
-        key,
-        value,
-        largest,
+    transposed = torch.empty(p, features, rows, dtype=FLOAT8, device=quantized.device)
+    transpose_rows[(*_tiles(rows, features), p)](
+        quantized,
         scales,
-        copy.view(torch.uint8),
-        turned.view(torch.int32),
-        value_copy.view(torch.uint8),
-        value_turned.view(torch.int32),
-        key.shape[0],
-        key.shape[1],
-        value.shape[1],
-        **_TILE,
+        largest_scale,
+        transposed.view(torch.int32),
+        rows,
+        features,
+        ROWS=_TILE[0],
+        COLUMNS=_TILE[1],
+        num_warps=_TILE_WARPS,
     )
-    return Tokens(copy, turned, value_copy, value_turned, scales)
+    return transposed
+
+
+def tokens_to_float8(tokens: Tensor, numbers: Tensor, largest: int, scale: int) -> tuple[Tensor, Tensor]:
+    """``tokens`` [n, features] in float8, and transposed; fills two rows of the table."""
+    from tokenformer.ops.pattention_float8_copies_triton import find_largest, quantize_tokens
+
+    n, features = tokens.shape
+    quantized = torch.empty(n, features, dtype=FLOAT8, device=tokens.device)
+    scales = torch.empty(n, device=tokens.device)
+    grid = (-(-tokens.numel() // _BLOCK),)
+    find_largest[grid](tokens, numbers[largest], tokens.numel(), BLOCK=_BLOCK)
+    quantize_tokens[grid](
+        tokens,
+        numbers[largest],
+        numbers[scale],
+        scales,
+        quantized,
+        n,
+        tokens.numel(),
+        BLOCK=_BLOCK,
+    )
+    return quantized, transposed(quantized[None], scales[None], numbers[scale])[0]
+
+
+def _tiles(rows: int, columns: int) -> tuple[int, int]:
+    return -(-rows // _TILE[0]), -(-columns // _TILE[1])

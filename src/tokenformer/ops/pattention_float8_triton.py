@@ -25,6 +25,7 @@ def forward_to_float8(
     input_scales,
     weights,
     weight_scales,
+    largest_scale,
     statistics,
     rows,
     n,
@@ -74,6 +75,7 @@ def forward_to_float8(
         result = _rounded(found[i] * inverse, weights.dtype.element_ty)
         tl.store(weights + place * n + column, result, mask=inside)
     tl.store(weight_scales + place, scale, mask=there)
+    _raise_to(largest_scale, tl.max(tl.where(there, scale, 0.0)))
     if KIND != GELU:
         tl.store(statistics + source * 2, first, mask=there)
         tl.store(statistics + source * 2 + 1, second, mask=there)
@@ -87,7 +89,7 @@ def backward_to_float8(
     grad_scales,
     score_grads,
     score_grad_scales,
-    largest,
+    largest_scale,
     statistics,
     rows,
     n,
@@ -104,14 +106,13 @@ def backward_to_float8(
     PROJECTIONS: tl.constexpr,
 ):
     """Gradient of ``scores`` [rows, p, n] from that of the weights [p, rows, n], whose rows are in ``grad_scales``
-    [p, rows]; the p rows of an input row share their scale. ``largest`` becomes the largest product of that and the
-    scale of the input row."""
+    [p, rows]; the p rows of an input row share their scale."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     there = row < rows
     input_scale = tl.load(input_scales + row, mask=there, other=1.0)
     missing: tl.constexpr = float("-inf") if KIND == SOFTMAX else 0.0
     found = ()
-    above = tl.zeros((ROWS, PIECE), tl.float32)
+    largest = tl.zeros((ROWS, PIECE), tl.float32)
     for p in tl.static_range(PROJECTIONS):
         source, place = row * PROJECTIONS + p, row + p * rows.to(tl.int64)
         grad_scale = tl.load(grad_scales + place, mask=there, other=0.0)
@@ -137,9 +138,9 @@ def backward_to_float8(
         for i in tl.static_range(PIECES):
             y, grad, slope = kept[i]
             grad = score_gradient(y, grad, slope, total, first, second, factor, root, tau, KIND)
-            above = tl.maximum(above, tl.where(there, tl.abs(grad), 0.0))
+            largest = tl.maximum(largest, tl.where(there, tl.abs(grad), 0.0))
             found = found + (grad,)  # noqa: RUF005
-    scale = _scale_of(tl.max(above, axis=1, keep_dims=True))
+    scale = _scale_of(tl.max(largest, axis=1, keep_dims=True))
     inverse = 1 / scale
     for p in tl.static_range(PROJECTIONS):
         for i in tl.static_range(PIECES):
@@ -148,4 +149,4 @@ def backward_to_float8(
             result = _rounded(found[p * PIECES + i] * inverse, score_grads.dtype.element_ty)
             tl.store(score_grads + (row * PROJECTIONS + p) * n + column, result, mask=inside)
     tl.store(score_grad_scales + row, scale, mask=there)
-    _raise_to(largest, tl.max(tl.where(there, scale * input_scale, 0.0)))
+    _raise_to(largest_scale, tl.max(tl.where(there, scale, 0.0)))
