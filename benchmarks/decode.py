@@ -3,16 +3,16 @@
     python benchmarks/decode.py --models 150M 1.5B --batches 1 4 16 --json decode.json
 
 Sides, all in one run on random weights and prompts: ``ours``, what ``generate`` does by itself on the device;
-``streamed``, ``fused`` and ``graph``, its step by all layers in one kernel, by a kernel for each product, and by a CUDA
-graph of the model's own operations (each falls back to the next where it does not serve the batch; the column ``step``
-tells); ``int8``, ours with its weights in 8 bits; ``plain``, the same model by plain calls; ``transformer``, our
-baseline with as many parameters by the same engine; ``hf``, GPT-NeoX of Hugging Face with as many parameters by its
-``generate``; ``hf_static``, that with its static cache and torch.compile (CUDA graphs). Before timing, the logits of
-ours are compared with those of a plain float32 forward. A token's time is that from the first new token to the last
-over the tokens between; medians over calls, the first of which warm up. The column ``memory`` is the bytes of all
-weights in products over a token's time, in units of the copy bandwidth measured in the same process (bytes read and
-written). A side that fails or takes longer than its limit is reported, and the others go on; ``--isolate`` gives sides
-a process of their own, which even an error of the device does not leave.
+``fused`` and ``graph``, its step by a kernel for each product, and by a CUDA graph of the model's own operations (the
+former falls back to the latter where it does not serve the batch; the column ``step`` tells); ``int8``, ours with its
+weights in 8 bits; ``plain``, the same model by plain calls; ``transformer``, our baseline with as many parameters by
+the same engine; ``hf``, GPT-NeoX of Hugging Face with as many parameters by its ``generate``; ``hf_static``, that
+with its static cache and torch.compile (CUDA graphs). Before timing, the logits of ours are compared with those of a
+plain float32 forward. A token's time is that from the first new token to the last over the tokens between; medians
+over calls, the first of which warm up. The column ``memory`` is the bytes of all weights in products over a token's
+time, in units of the copy bandwidth measured in the same process (bytes read and written). A side that fails or takes
+longer than its limit is reported, and the others go on; ``--isolate`` gives sides a process of their own, which even
+an error of the device does not leave.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ from tokenformer.models.quantize import quantize_model
 from tokenformer.models.registry import model_class
 from tokenformer.models.tokenformer.config import TokenFormerConfig
 
-SIDES = ("ours", "streamed", "fused", "graph", "int8", "plain", "transformer", "hf", "hf_static")
-PATHS: dict[str, prepared.StepPath] = {"streamed": "streamed", "fused": "fused", "graph": "model"}
+SIDES = ("ours", "fused", "graph", "int8", "plain", "transformer", "hf", "hf_static")
+PATHS: dict[str, prepared.StepPath] = {"fused": "fused", "graph": "model"}
 WITH_ERRORS = {"ours", "int8", "transformer", *PATHS}
 LONGEST_CHECKED_PROMPT = 256
 WARM_UP = 2

@@ -131,7 +131,7 @@ def test_bfloat16_logits_are_as_near_as_those_of_plain_calls(
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("path", ["streamed", "fused", "model"])
+@pytest.mark.parametrize("path", ["fused", "model"])
 @pytest.mark.parametrize("batch", [1, 2, 3, 4, 8, 16])
 def test_logits_of_every_step_and_batch(
     batch: int, path: prepared.StepPath, make_tokenformer: MakeModel
@@ -158,27 +158,3 @@ def test_logits_of_every_step_and_batch(
 
         for row in range(batch):
             assert error(found[row], row) < max(1.5 * error(plain[row, place], row), 3e-3)
-
-
-@pytest.mark.parametrize("norm_activation", ["gelu", "l2_norm_gelu", "gelu_l2_norm", "softmax"])
-def test_tokens_by_the_kernel_of_all_layers(
-    norm_activation: str, make_tokenformer: MakeModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    default = prepared.make_step
-    made: list[Any] = []
-
-    def streamed(model: LanguageModel, static: Any, path: prepared.StepPath = "streamed") -> Any:
-        made.append(default(model, static, path))
-        return made[-1]
-
-    monkeypatch.setattr(prepared, "make_step", streamed)
-    tokens = {"qkv_param_tokens": 96, "proj_param_tokens": 192, "ffn_param_tokens": 768}
-    model = make_tokenformer(**SIZES, **tokens, norm_activation=norm_activation, rotary_pct=0.5).cuda()
-    for prompt, new_tokens in ((PROMPTS[0], 100), (PROMPTS[1], 200)):
-        options: dict[str, Any] = {"max_new_tokens": new_tokens, "sampling": GREEDY}
-        with monkeypatch.context() as patched:
-            patched.setattr(feed, "_static_pays", lambda *_: False)
-            expected = generate(model, [prompt], **options)
-        assert generate(model, [prompt], **options) == expected
-        assert generate(model, [prompt], **options) == expected  # replayed
-    assert {type(step).__name__ for step in made} == {"StreamedStep"}

@@ -14,13 +14,12 @@ from torch import Tensor
 from tokenformer.generation.config import SamplingConfig
 from tokenformer.generation.fused import FusedStep, serves
 from tokenformer.generation.static import STEPS_AT_ONCE, StaticDecoder, Step
-from tokenformer.generation.streamed import StreamedStep, serves_streamed
 from tokenformer.models.base import LanguageModel
 
 _LENGTH_STEP = 256  # lengths are rounded up, so that calls that differ a little share a decoder
 
-StepPath = Literal["streamed", "fused", "model"]
-"""All layers in one kernel, a kernel for each product, or the model's own operations."""
+StepPath = Literal["fused", "model"]
+"""A kernel for each product, or the model's own operations."""
 
 
 class _Key(NamedTuple):
@@ -68,12 +67,10 @@ def _prepare(
 
 
 def make_step(model: LanguageModel, static: Any, path: StepPath = "fused") -> Step:
-    """The call of one token: by ``path`` where it serves this model and batch on its device, otherwise by the next one
-    that does."""
-    batch, on_gpu = static.batch_size, next(model.parameters()).device.type == "cuda"
-    if path == "streamed" and on_gpu and serves_streamed(model, batch):
-        return StreamedStep(model, static)
-    if path != "model" and on_gpu and serves(model, batch):
+    """The call of one token: by ``path`` where it serves this model and batch on its device, otherwise by the model's
+    own operations."""
+    on_gpu = next(model.parameters()).device.type == "cuda"
+    if path == "fused" and on_gpu and serves(model, static.batch_size):
         return FusedStep(model, static)
     return _model_step(model)
 

@@ -205,14 +205,12 @@ def attention(
     )
 
 
-def look_up(
-    tokens: Tensor, table: Tensor, out: Tensor, *, zeroed: Tensor | None = None, launch: Launch = PLAIN
-) -> None:
-    """Rows ``tokens`` [b, 1] of ``table`` [v, d] into ``out`` [b, 1, d] float32; ``zeroed`` [2] becomes zero."""
+def look_up(tokens: Tensor, table: Tensor, out: Tensor, *, launch: Launch = PLAIN) -> None:
+    """Rows ``tokens`` [b, 1] of ``table`` [v, d] into ``out`` [b, 1, d] float32."""
     batch, hidden = out.shape[0], out.shape[-1]
     grid = (batch, -(-hidden // 1024))
     options = {"HOPPER": launch.hopper, **_options(4, launch)}
-    embed[grid](tokens, table, out, zeroed, hidden, BLOCK=1024, ZERO=zeroed is not None, **options)
+    embed[grid](tokens, table, out, hidden, BLOCK=1024, **options)
 
 
 def _options(warps: int, launch: Launch) -> dict[str, Any]:

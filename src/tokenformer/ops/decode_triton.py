@@ -173,8 +173,8 @@ def gemv(
 
 
 @triton.jit
-def embed(tokens, table, out, zeroed, hidden, BLOCK: tl.constexpr, ZERO: tl.constexpr, HOPPER: tl.constexpr):
-    """Rows ``tokens`` [b] of ``table`` [v, d] as float32 [b, d]; ZERO: ``zeroed`` [2] becomes zero.
+def embed(tokens, table, out, hidden, BLOCK: tl.constexpr, HOPPER: tl.constexpr):
+    """Rows ``tokens`` [b] of ``table`` [v, d] as float32 [b, d].
 
     The first kernel of a token: those after it may rely on all that came before being done.
     """
@@ -186,5 +186,3 @@ def embed(tokens, table, out, zeroed, hidden, BLOCK: tl.constexpr, ZERO: tl.cons
     token = tl.load(tokens + b)
     row = tl.load(table + token * hidden + feature, mask=feature < hidden, other=0.0)
     tl.store(out + b * hidden + feature, row.to(tl.float32), mask=feature < hidden)
-    if ZERO:
-        tl.store(zeroed + tl.arange(0, 2), tl.zeros((2,), tl.int32))
