@@ -28,6 +28,7 @@ from tokenformer.ops.pattention import NORM_ACTIVATIONS, WeightKind, pattention,
 
 Step = Callable[[], object]
 GROUPS = 4
+_WARM_UP = 0.5  # seconds
 
 
 class Shape(NamedTuple):
@@ -130,7 +131,8 @@ def measure(
             value.chunk(GROUPS),
             grad,
         )
-    times = {name: taken[2:] for name, taken in take_times(sides, repeats + 2, device).items()}  # two warm up
+    warm_up(sides, device)
+    times = take_times(sides, repeats, device)
     ratios = {
         name: statistics.median(a / b for a, b in zip(taken, times["products"], strict=True))
         for name, taken in times.items()
@@ -145,6 +147,14 @@ def measure(
         "ratio": ratios,
         "floor_tflops": 12 * rows * d * n / medians["products"] / 1e12,
     }
+
+
+def warm_up(sides: dict[str, Step], device: torch.device) -> None:
+    """Everything compiled, and a GPU at its full clock, which takes it longer than the first repeats last."""
+    take_times(sides, 2, device)
+    begin = time.perf_counter()
+    while device.type == "cuda" and time.perf_counter() - begin < _WARM_UP:
+        take_times(sides, 2, device)
 
 
 def take_times(sides: dict[str, Step], repeats: int, device: torch.device) -> dict[str, list[float]]:
