@@ -11,6 +11,7 @@ import pytest
 from tokenformer.report.inspect_run import describe_recipe
 from tokenformer.train.config import load_run_config
 from tokenformer.train.ladder import model_configs
+from tokenformer.train.schedule import lr_factor
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -27,7 +28,7 @@ def test_sizes_and_compute(name: str) -> None:
     total, sizes = EXPECTED[name]
     facts, _ = describe_recipe(RECIPES / f"{name}.yaml")
     flops = [stage["total_flops"] / 1e15 for stage in facts["stages"]]
-    assert flops == pytest.approx([0.1 * total, 0.8 * total, total], rel=0.02)
+    assert flops == pytest.approx([0.2 * total, 0.9 * total, total], rel=0.02)
     config = load_run_config(RECIPES / f"{name}.yaml")
     assert config.model is not None
     models = model_configs(config.model, config.resolve())
@@ -35,15 +36,22 @@ def test_sizes_and_compute(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_growth_is_exact_with_values_of_zero_at_half_the_rate(name: str) -> None:
-    first, *grown = load_run_config(RECIPES / f"{name}.yaml").resolve()
-    assert first.schedule.name == grown[0].schedule.name == "constant"
-    assert (grown[-1].schedule.name, grown[-1].schedule.final_lr_fraction) == ("linear", 0.0)
-    for stage in grown:
+def test_growth_is_exact_and_the_rate_falls_once_across_it(name: str) -> None:
+    total, _ = EXPECTED[name]
+    stages = load_run_config(RECIPES / f"{name}.yaml").resolve()
+    for stage in stages[1:]:
         assert stage.grow is not None
-        assert (stage.grow.init, stage.grow.new_tokens, stage.grow.factor) == ("exact", "zero_values", 4)
-        assert stage.optimizer.lr == first.optimizer.lr / 2
+        assert (stage.grow.init, stage.grow.new_tokens, stage.grow.factor) == ("exact", "zero_keys", 4)
         assert stage.optimizer.lr_multipliers == {"embedding": 4}
+    facts, _ = describe_recipe(RECIPES / f"{name}.yaml")
+    begin, peak = 0.0, stages[0].optimizer.lr
+    for stage, planned in zip(stages, facts["stages"], strict=True):
+        end, steps = planned["total_flops"] / 1e15, planned["steps"]
+        for step in range(stage.schedule.warmup_steps or 0, steps, steps // 50):
+            share = (begin + (end - begin) * (step + 1) / steps) / total
+            rate = stage.optimizer.lr * lr_factor(stage.schedule, step, steps)
+            assert rate == pytest.approx(peak * min(1.0, 4 * (1 - share)), abs=0.05 * peak)
+        begin = end
 
 
 @pytest.mark.parametrize("name", EXPECTED)
