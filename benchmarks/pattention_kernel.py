@@ -23,11 +23,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pattention import GPU_SHAPES, Shape, Step, parse_shape, take_times
+from pattention import GPU_SHAPES, Shape, Step, parse_shape, take_times, warm_up
 from tokenformer.ops import pattention_sm90
 from tokenformer.ops.pattention import NORM_ACTIVATIONS, WeightKind
 
-WARM_UP = 3
 BOUNDS = {"scores": 1e-4, "weights": 2e-3, "statistics": 1e-5, "score_grads": 4e-3}
 """Of relative errors, by norm; the kernel rounds the gradients of weights once more on the way."""
 COLUMNS = ("product", "product and pass", "kernel")
@@ -109,8 +108,8 @@ def measure(shape: Shape, kinds: list[str], repeats: int) -> Iterator[dict[str, 
                 "product and pass": way.product_and_pass,
                 "kernel": way.kernel,
             }
-            taken = take_times(sides, repeats + WARM_UP, torch.device("cuda"))
-            times = {name: seconds[WARM_UP:] for name, seconds in taken.items()}
+            warm_up(sides, torch.device("cuda"))
+            times = take_times(sides, repeats, torch.device("cuda"))
             pairs = zip(times["kernel"], times["product and pass"], strict=True)
             yield {
                 **shape._asdict(),

@@ -67,7 +67,7 @@ def grow(
         typer.Option(
             metavar="zero_keys|zero_values",
             help="What is zero in the tokens of exact growth. `zero_values`: keys drawn as at the start; only for "
-            "`gelu`, where it learnt faster.",
+            "`gelu`.",
         ),
     ] = "zero_keys",
     data: Annotated[

@@ -48,58 +48,6 @@ def _cached(cache, block, length, head_size, FEATURES: tl.constexpr, BLOCK: tl.c
 
 
 @triton.jit
-def _attend_part(
-    vectors,
-    hidden,
-    key_cache,
-    value_cache,
-    keys,
-    values,
-    cos,
-    sin,
-    length,
-    block,
-    split,
-    splits,
-    head_size,
-    scale,
-    out,
-    statistic,
-    ROTARY: tl.constexpr,
-    FEATURES: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """One head's attention over every ``splits``-th block of its cache from ``block`` on, whose first ``keys`` and
-    ``values`` are here already; ``vectors`` are its query, key and value, ``hidden`` apart."""
-    feature = tl.arange(0, FEATURES)
-    inside = feature < head_size
-    query = _turned(vectors, feature, inside, cos, sin, ROTARY) * scale
-    largest = float("-inf")
-    share = 0.0
-    total = tl.zeros((FEATURES,), tl.float32)
-    if split == 0:
-        key = _turned(vectors + hidden, feature, inside, cos, sin, ROTARY)
-        value = tl.load(vectors + 2 * hidden + feature, mask=inside, other=0.0)
-        here = length * head_size + feature
-        tl.store(key_cache + here, key.to(key_cache.dtype.element_ty), mask=inside)
-        tl.store(value_cache + here, value.to(value_cache.dtype.element_ty), mask=inside)
-        largest = tl.sum(query * key, axis=0)
-        share = 1.0
-        total = value
-    there = block + tl.arange(0, BLOCK) < length
-    largest, share, total = _with_block(keys, values, query, there, largest, share, total)
-    block += splits * BLOCK
-    while block < length:  # Triton's interpreter takes no tensors for the bounds of a range
-        keys = _cached(key_cache, block, length, head_size, FEATURES, BLOCK)
-        values = _cached(value_cache, block, length, head_size, FEATURES, BLOCK)
-        there = block + tl.arange(0, BLOCK) < length
-        largest, share, total = _with_block(keys, values, query, there, largest, share, total)
-        block += splits * BLOCK
-    tl.store(out + feature, total / tl.maximum(share, 1e-30), mask=inside)
-    tl.store(statistic, largest + tl.log(tl.maximum(share, 1e-30)))  # -inf without a token
-
-
-@triton.jit
 def attend(
     qkv,
     key_cache,
@@ -150,24 +98,29 @@ def attend(
         gdc_wait()
     hidden = heads * head_size
     part = (b * splits + split) * heads + head
-    _attend_part(
-        qkv + b * 3 * hidden + head * head_size,
-        hidden,
-        key_cache + cache,
-        value_cache + cache,
-        keys,
-        values,
-        cos,
-        sin,
-        length,
-        block,
-        split,
-        splits,
-        head_size,
-        scale,
-        out + part * head_size,
-        statistics + part,
-        ROTARY,
-        FEATURES,
-        BLOCK,
-    )
+    vectors = qkv + b * 3 * hidden + head * head_size  # query, key and value, ``hidden`` apart
+    inside = feature < head_size
+    query = _turned(vectors, feature, inside, cos, sin, ROTARY) * scale
+    largest = float("-inf")
+    share = 0.0
+    total = tl.zeros((FEATURES,), tl.float32)
+    if split == 0:
+        key = _turned(vectors + hidden, feature, inside, cos, sin, ROTARY)
+        value = tl.load(vectors + 2 * hidden + feature, mask=inside, other=0.0)
+        here = cache + length * head_size + feature
+        tl.store(key_cache + here, key.to(key_cache.dtype.element_ty), mask=inside)
+        tl.store(value_cache + here, value.to(value_cache.dtype.element_ty), mask=inside)
+        largest = tl.sum(query * key, axis=0)
+        share = 1.0
+        total = value
+    there = block + tl.arange(0, BLOCK) < length
+    largest, share, total = _with_block(keys, values, query, there, largest, share, total)
+    block += splits * BLOCK
+    while block < length:  # Triton's interpreter takes no tensors for the bounds of a range
+        keys = _cached(key_cache + cache, block, length, head_size, FEATURES, BLOCK)
+        values = _cached(value_cache + cache, block, length, head_size, FEATURES, BLOCK)
+        there = block + tl.arange(0, BLOCK) < length
+        largest, share, total = _with_block(keys, values, query, there, largest, share, total)
+        block += splits * BLOCK
+    tl.store(out + part * head_size + feature, total / tl.maximum(share, 1e-30), mask=inside)
+    tl.store(statistics + part, largest + tl.log(tl.maximum(share, 1e-30)))  # -inf without a token

@@ -6,11 +6,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tokenformer.ops.pattention_triton import _row_norm, _row_softmax
+from tokenformer.ops.pattention_triton import row_statistics
 from tokenformer.ops.pattention_triton_math import (
     GELU,
     L2_NORM_GELU,
-    SOFTMAX,
     _sigmoid_argument,
     row_factor,
     weight_of,
@@ -70,12 +69,7 @@ def _pattention_weights(
     HOPPER: tl.constexpr,
 ):
     """Weights from what the product before has stored: scores, or their GELU for the kinds that begin with it."""
-    first = tl.full((1, 1), 1.0, tl.float32)
-    second = first
-    if KIND == SOFTMAX:
-        first, second = _row_softmax(parts, PIECES)
-    elif KIND != GELU:
-        first, second = _row_norm(parts, PIECES)
+    first, second = row_statistics(parts, KIND, 1, PIECES)
     factor = row_factor(first, second, root, tau, eps, KIND)
     weights = ()
     for i in tl.static_range(PIECES):

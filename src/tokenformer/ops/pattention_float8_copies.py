@@ -53,19 +53,19 @@ def transposed(quantized: Tensor, scales: Tensor, largest_scale: Tensor) -> Tens
     from tokenformer.ops.pattention_float8_copies_triton import transpose_rows
 
     p, rows, features = quantized.shape
-    transposed = torch.empty(p, features, rows, dtype=FLOAT8, device=quantized.device)
+    copy = torch.empty(p, features, rows, dtype=FLOAT8, device=quantized.device)
     transpose_rows[(*_tiles(rows, features), p)](
         quantized,
         scales,
         largest_scale,
-        transposed.view(torch.int32),
+        copy.view(torch.int32),
         rows,
         features,
         ROWS=_TILE[0],
         COLUMNS=_TILE[1],
         num_warps=_TILE_WARPS,
     )
-    return transposed
+    return copy
 
 
 def tokens_to_float8(tokens: Tensor, numbers: Tensor, largest: int, scale: int) -> tuple[Tensor, Tensor]:

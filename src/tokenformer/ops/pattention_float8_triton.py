@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from tokenformer.ops.pattention_float8_copies_triton import _raise_to, _rounded, _scale_of
-from tokenformer.ops.pattention_triton import _row_norm, _row_softmax
+from tokenformer.ops.pattention_triton import row_statistics
 from tokenformer.ops.pattention_triton_math import (
     GELU,
     SOFTMAX,
@@ -54,12 +54,7 @@ def forward_to_float8(
         inside = there if EVEN else there & (column < n)
         score = tl.load(scores + source * n + column, mask=inside, other=missing).to(tl.float32) * input_scale
         parts = parts + (before_statistics(score, KIND, TANH, EXACT),)  # noqa: RUF005
-    first = tl.full((ROWS, 1), 1.0, tl.float32)
-    second = first
-    if KIND == SOFTMAX:
-        first, second = _row_softmax(parts, PIECES)
-    elif KIND != GELU:
-        first, second = _row_norm(parts, PIECES)
+    first, second = row_statistics(parts, KIND, ROWS, PIECES)
     factor = row_factor(first, second, root, tau, eps, KIND)
     found = ()
     largest = tl.zeros((ROWS, PIECE), tl.float32)

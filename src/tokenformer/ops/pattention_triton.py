@@ -72,6 +72,18 @@ def _row_softmax(parts, PIECES: tl.constexpr):
 
 
 @triton.jit
+def row_statistics(parts, KIND: tl.constexpr, ROWS: tl.constexpr, PIECES: tl.constexpr):
+    """The two figures of each row, [ROWS, 1] each, from what they are of; ones for GELU, which has none."""
+    first = tl.full((ROWS, 1), 1.0, tl.float32)
+    second = first
+    if KIND == SOFTMAX:
+        first, second = _row_softmax(parts, PIECES)
+    elif KIND != GELU:
+        first, second = _row_norm(parts, PIECES)
+    return first, second
+
+
+@triton.jit
 def whole_forward(
     scores,
     weights,
@@ -98,12 +110,7 @@ def whole_forward(
         offsets, inside = _offsets(row, rows, n, i * PIECE, PIECE, EVEN)
         score = tl.load(scores + offsets, mask=inside, other=missing).to(tl.float32)
         parts = parts + (before_statistics(score, KIND, TANH, EXACT),)  # noqa: RUF005
-    first = tl.full((ROWS, 1), 1.0, tl.float32)
-    second = first
-    if KIND == SOFTMAX:
-        first, second = _row_softmax(parts, PIECES)
-    elif KIND != GELU:
-        first, second = _row_norm(parts, PIECES)
+    first, second = row_statistics(parts, KIND, ROWS, PIECES)
     factor = row_factor(first, second, root, tau, eps, KIND)
     for i in tl.static_range(PIECES):
         offsets, inside = _offsets(row, rows, n, i * PIECE, PIECE, EVEN)

@@ -47,12 +47,9 @@ def _parts(run: Path | str) -> list[Path]:
 def _read_chain(runs: Sequence[Path], label: str) -> Curve:
     whole = read_curve(runs[0], label)
     for earlier, later in pairwise(runs):
-        whole = join(
-            whole,
-            read_curve(later, label),
-            counts_anew=_counts_anew(later),
-            grown=_growths_before(later) > _growths(earlier),
-        )
+        curve = read_curve(later, label)
+        before = _growths(later) - len(curve.growths)  # those that the run did not do itself
+        whole = join(whole, curve, counts_anew=_counts_anew(later), grown=before > _growths(earlier))
     return whole
 
 
@@ -108,8 +105,3 @@ def _growths(run: Path) -> int:
         return 0
     config = load_config(run / "model")
     return len(config.growth_history) if isinstance(config, TokenFormerConfig) else 0
-
-
-def _growths_before(run: Path) -> int:
-    """Those that the run did not do itself."""
-    return _growths(run) - len(read_curve(run).growths)
