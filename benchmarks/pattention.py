@@ -6,7 +6,7 @@ Sides, all in one run and taken in turn within each repeat: the six products alo
 in plain tensor operations, the formula as published (no guards), and on a GPU that formula under ``torch.compile`` and
 ours with its tokens in four growth groups. Before timing, ours is checked against float64. A ratio is the median over
 repeats of a side's time over the floor's in the same repeat. Without sizes, a GPU runs the shapes of the published
-models' feed-forward layers and of the smallest one's attention.
+models' feed-forward layers and of the smallest one's attention; every side is a CUDA graph there, as in training.
 """
 
 from __future__ import annotations
@@ -131,8 +131,7 @@ def measure(
             value.chunk(GROUPS),
             grad,
         )
-    warm_up(sides, device)
-    times = take_times(sides, repeats, device)
+    times = take_times(warm_up(sides, device), repeats, device)
     ratios = {
         name: statistics.median(a / b for a, b in zip(taken, times["products"], strict=True))
         for name, taken in times.items()
@@ -149,12 +148,25 @@ def measure(
     }
 
 
-def warm_up(sides: dict[str, Step], device: torch.device) -> None:
-    """Everything compiled, and a GPU at its full clock, which takes it longer than the first repeats last."""
+def warm_up(sides: dict[str, Step], device: torch.device) -> dict[str, Step]:
+    """The sides with everything compiled, and a GPU at its full clock, which takes it longer than the first repeats
+    last. A GPU gets them as CUDA graphs, as a training step has them: no time is one of launches from the CPU."""
     take_times(sides, 2, device)
+    if device.type != "cuda":
+        return sides
+    pool = torch.cuda.graph_pool_handle()  # one is replayed after the other, so they may share their memory
+    recorded = {name: record(step, pool) for name, step in sides.items()}
     begin = time.perf_counter()
-    while device.type == "cuda" and time.perf_counter() - begin < _WARM_UP:
-        take_times(sides, 2, device)
+    while time.perf_counter() - begin < _WARM_UP:
+        take_times(recorded, 2, device)
+    return recorded
+
+
+def record(step: Step, pool: object) -> Step:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        step()
+    return graph.replay
 
 
 def take_times(sides: dict[str, Step], repeats: int, device: torch.device) -> dict[str, list[float]]:

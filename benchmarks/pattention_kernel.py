@@ -2,11 +2,11 @@
 
     python benchmarks/pattention_kernel.py --json pattention_kernel.json
 
-Forward: scores and weights. Backward: the weights again and the gradient of the scores. Sides, taken in turn within
-each repeat: the product alone, product and pass, the kernel. The latter two are compared before anything is timed, and
-the kernel is asked where it does not serve, too. A ratio is the median over repeats of the kernel's time over that of
-product and pass in the same repeat; from the ratios follows what ``PAYS`` in ``ops/pattention_sm90.py`` ought to be,
-printed at the end. Needs a Hopper GPU.
+Forward, of the kinds whose forward the kernel can do: scores and weights. Backward: the weights again and the gradient
+of the scores. Sides, each a CUDA graph, taken in turn within each repeat: the product alone, product and pass, the
+kernel. The latter two are compared before anything is timed, and the kernel is asked where it does not serve, too. A
+ratio is the median over repeats of the kernel's time over that of product and pass in the same repeat; from the ratios
+follows what ``PAYS`` in ``ops/pattention_sm90.py`` ought to be, printed at the end. Needs a Hopper GPU.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pattention import GPU_SHAPES, Shape, Step, parse_shape, take_times, warm_up
 from tokenformer.ops import pattention_sm90
 from tokenformer.ops.pattention import NORM_ACTIVATIONS, WeightKind
 
-BOUNDS = {"scores": 1e-4, "weights": 2e-3, "statistics": 1e-5, "score_grads": 4e-3}
+BOUNDS = {"scores": 1e-4, "weights": 2e-3, "statistics": 5e-4, "score_grads": 4e-3}
 """Of relative errors, by norm; the kernel rounds the gradients of weights once more on the way."""
 COLUMNS = ("product", "product and pass", "kernel")
 
@@ -108,8 +108,8 @@ def measure(shape: Shape, kinds: list[str], repeats: int) -> Iterator[dict[str, 
                 "product and pass": way.product_and_pass,
                 "kernel": way.kernel,
             }
-            warm_up(sides, torch.device("cuda"))
-            times = take_times(sides, repeats, torch.device("cuda"))
+            recorded = warm_up(sides, torch.device("cuda"))
+            times = take_times(recorded, repeats, torch.device("cuda"))
             pairs = zip(times["kernel"], times["product and pass"], strict=True)
             yield {
                 **shape._asdict(),
@@ -128,13 +128,14 @@ def ways(x: Tensor, key: Tensor, value: Tensor, grad: Tensor, kind: WeightKind) 
         scores = torch.mm(x, key.t())
         return scores, *weights_forward(scores, kind, keep=True)
 
-    yield Way(
-        "forward",
-        ("scores", "weights") if kind.norm_activation == "gelu" else ("scores", "weights", "statistics"),
-        lambda: torch.mm(x, key.t()),
-        forward,
-        lambda: pattention_sm90.scores_and_weights(x, key, 1, kind),
-    )
+    if kind.norm_activation in pattention_sm90.FORWARD_KINDS:
+        yield Way(
+            "forward",
+            ("scores", "weights") if kind.norm_activation == "gelu" else ("scores", "weights", "statistics"),
+            lambda: torch.mm(x, key.t()),
+            forward,
+            lambda: pattention_sm90.scores_and_weights(x, key, 1, kind),
+        )
     scores, _, row_statistics = forward()
     yield Way(
         "backward",

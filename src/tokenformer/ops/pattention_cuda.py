@@ -107,13 +107,16 @@ def pattention_forward(
 
     n = key.shape[0] // projections
     kind = _kind(norm_activation, tau, gelu_approximate, norm_eps)
+    scores: Tensor | None
     if keep and pattention_sm90.serves(x, key, n, kind, backward=False):
-        scores, weights, statistics = pattention_sm90.scores_and_weights(x, key, projections, kind)
+        scores, weights, statistics = pattention_sm90.scores_and_weights(
+            x, key, projections, kind, keep_scores=not recompute_scores
+        )
     else:
         scores = torch.mm(x, key.t()).view(-1, n)
         weights, statistics = weights_forward(scores, kind, keep=keep and not recompute_scores)
     nothing, no_statistics = _nothing_kept(x)
-    if recompute_scores or not keep:
+    if scores is None or recompute_scores or not keep:
         scores = nothing  # before the outputs take memory
     by_projection = weights.view(-1, projections, n).unbind(1)
     outputs = [torch.mm(*pair) for pair in zip(by_projection, value.view(projections, n, -1), strict=True)]
@@ -232,7 +235,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
 def _backward(ctx: Any, grads: list[Tensor], *_: Tensor | None) -> tuple[Any, ...]:
     need_x, _, _, *needed = ctx.needs_input_grad[:5]
     x, *others = ctx.saved_tensors
-    spans = [_trained_spans(sizes, flags, ctx.n) for sizes, flags in zip(ctx.sizes, needed, strict=True)]
+    # projections share the product of their keys' gradients, not that of their values'
+    within = (len(grads) * ctx.n, ctx.n)
+    spans = [_trained_spans(*both) for both in zip(ctx.sizes, needed, within, strict=True)]
     grad_x, *token_grads = pattention_backward(
         grads, x, *others, *ctx.kind, need_x, *spans, *(_sum_dtype(dtype, x.dtype) for dtype in ctx.dtypes)
     )
@@ -248,8 +253,8 @@ def _nothing_kept(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _trained_spans(sizes: list[int], trained: list[bool], n: int) -> list[int]:
-    """[start, stop, start, stop, ...] over the tokens of all projections: neighbours within one projection that are
-    trained."""
+    """[start, stop, start, stop, ...] over the tokens of all projections: neighbours that are trained, within ``n``
+    tokens each."""
     spans: list[int] = []
     position = 0
     for size, wanted in zip(sizes, trained, strict=True):

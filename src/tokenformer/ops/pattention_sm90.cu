@@ -2,7 +2,7 @@
 //
 // BACKWARD 0: scores = a b^T, and the weights of the scores:   a = x [rows, d_in],     b = keys [p, n, d_in].
 // BACKWARD 1: weight gradients = a b^T, the weights again, and the gradients of the scores:
-//             a = output gradients [rows, d_out],              b = values [1, n, d_out].
+//             a = p output gradients [rows, d_out],            b = values [p, n, d_out].
 //
 // The product is the usual one: tiles of 128 x 192, loaded by the copy engine, 64 of the inner axis at a time, into a
 // ring of shared memory; the blocks of a cluster take rows below each other and share the tokens' tile. What is new
@@ -13,9 +13,13 @@
 // A row norm needs the whole row, which ceil(n / 192) tiles share. Their blocks run at the same time (tiles of
 // one row follow each other in the static order, and every block is resident), so each writes its part of the row's
 // sum, waits for those of the others, and adds up all parts in the same order: results do not depend on timing.
+// The warpgroups that multiply take the forward's part, of the scores before they are rounded, so that nobody waits for long.
+// The forward serves gelu and l2_norm_gelu; what the others need of a whole row is too much for that.
 //
 // Compiled behind pattention_sm90_math.cuh, _instructions.cuh, _rows.cuh and _finish.cuh, with -DBACKWARD=, -DKIND= (position in
 // NORM_ACTIVATIONS) and -DTANH= (the form of GELU).
+
+static_assert(BACKWARD || KIND == GELU || KIND == L2_NORM_GELU, "the forward does not serve the others");
 
 struct Tile { u32 row, projection, token, index; };
 
@@ -41,11 +45,12 @@ struct Ring {
 };
 
 __device__ __forceinline__ void load_tiles(
-    const TensorMap* map_a, const TensorMap* map_b, const Arguments& args, Ring ring, u32 block) {
+    const TensorMaps* maps_a, const TensorMap* map_b, const Arguments& args, Ring ring, u32 block) {
     const Schedule schedule(args);
     const u32 steps = (args.inner + TILE_K - 1) / TILE_K;
     for (u32 number = blockIdx.x / BLOCKS; number < schedule.total; number += gridDim.x / BLOCKS) {
         const Tile tile = schedule(number, block);
+        const TensorMap* map_a = maps_a->of + (BACKWARD ? tile.projection : 0);
         for (u32 step = 0; step < steps; ++step, ring.advance()) {
             barrier_wait(ring.empty + 8 * ring.stage, ring.phase ^ 1);
             const u32 ready = ring.full + 8 * ring.stage;
@@ -75,7 +80,26 @@ __device__ __forceinline__ void give_half(const float (&sums)[96], u32 half) {
     }
 }
 
-__device__ __forceinline__ void multiply_tiles(const Arguments& args, Ring ring, u32 which) {
+__device__ __forceinline__ u64 padded_rows_of(const Arguments& args) {
+    return static_cast<u64>((args.rows + BLOCKS * TILE_M - 1) / (BLOCKS * TILE_M)) * (BLOCKS * TILE_M);
+}
+
+// Where the parts of the tile's rows are, its first row and the projection's first tile.
+__device__ __forceinline__ u64* partials_of(const Arguments& args, const Schedule& schedule, const Tile& tile) {
+    return args.partials + static_cast<u64>(tile.projection) * schedule.tiles_per_row * padded_rows_of(args) + tile.row;
+}
+
+// As the product's sums lie, see give_half.
+__device__ __forceinline__ void give_squares(const float (&sums)[96], u64* parts) {
+    const u32 lane = threadIdx.x & 31, warp = (threadIdx.x >> 5) & 3;
+    const float2 upper = squares_of_row<0>(sums), lower = squares_of_row<2>(sums);
+    if ((lane & 3) != 0) return;
+    parts += warp * 16 + lane / 4;
+    give_part(parts, upper);
+    give_part(parts + 8, lower);
+}
+
+__device__ __forceinline__ void multiply_tiles(const Arguments& args, Ring ring, u32 which, u32 block) {
     const Schedule schedule(args);
     const u32 steps = (args.inner + TILE_K - 1) / TILE_K;
     const u32 half = ring.base + OFFSET_HALVES + which * HALF_BYTES;
@@ -98,6 +122,10 @@ __device__ __forceinline__ void multiply_tiles(const Arguments& args, Ring ring,
         multiply_wait<0>();
         hold(sums);
         if ((threadIdx.x & 127) < BLOCKS) barrier_arrive_in_cluster(previous, threadIdx.x & 127);
+        if (!BACKWARD && NEEDS_ROW) {
+            const Tile tile = schedule(number, block);
+            give_squares(sums, partials_of(args, schedule, tile) + tile.index * padded_rows_of(args) + 64 * which);
+        }
         meet(3 + which, AT_HALF);
         give_half(sums, half);
         signal(1 + which, AT_HALF);
@@ -107,7 +135,6 @@ __device__ __forceinline__ void multiply_tiles(const Arguments& args, Ring ring,
 __device__ __forceinline__ void finish_tiles(const Arguments& args, u32 base, u32 block) {
     const Schedule schedule(args);
     const u32 lane = threadIdx.x & 31;
-    const u64 padded_rows = static_cast<u64>((args.rows + BLOCKS * TILE_M - 1) / (BLOCKS * TILE_M)) * (BLOCKS * TILE_M);
     u32 turn = 0;
     signal(3, AT_HALF);
     signal(4, AT_HALF);
@@ -116,8 +143,8 @@ __device__ __forceinline__ void finish_tiles(const Arguments& args, u32 base, u3
         const u32 column = tile.token + (lane & 7) * 8;
         const Place place = {
             args, base + OFFSET_HALVES, base + OFFSET_ROWS + turn * (TILE_M * 16), lane, column, tile.row,
-            tile.row * args.row_stride + static_cast<u64>(tile.projection) * args.n + column, padded_rows,
-            args.partials + static_cast<u64>(tile.projection) * schedule.tiles_per_row * padded_rows + tile.row,
+            tile.row * args.row_stride + static_cast<u64>(tile.projection) * args.n + column, padded_rows_of(args),
+            partials_of(args, schedule, tile),
             args.statistics + static_cast<u64>(tile.row) * args.statistics_stride + tile.projection,
             tile.index, schedule.tiles_per_row, number + gridDim.x / BLOCKS >= schedule.total};
         if (!BACKWARD) finish_forward(place);
@@ -127,7 +154,7 @@ __device__ __forceinline__ void finish_tiles(const Arguments& args, u32 base, u3
 }
 
 extern "C" __global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(THREADS, 1) pattention(
-    const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b, const __grid_constant__ Arguments args) {
+    const __grid_constant__ TensorMaps maps_a, const __grid_constant__ TensorMap map_b, const __grid_constant__ Arguments args) {
     extern __shared__ unsigned char memory[];
     const u32 base = (shared_address(memory) + 1023) & ~1023u;
     const Ring ring = {base, base + OFFSET_BARRIERS, base + OFFSET_BARRIERS + 8 * STAGES, 0, 0};
@@ -141,11 +168,11 @@ extern "C" __global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(THRE
     }
     meet_cluster();
     if (warp < MULTIPLYING / 32) {
-        multiply_tiles(args, ring, warp / 4);
+        multiply_tiles(args, ring, warp / 4, block);
     } else if (warp < (MULTIPLYING + FINISHING) / 32) {
         finish_tiles(args, base, block);
     } else {
-        if (threadIdx.x % 32 == 0) load_tiles(&map_a, &map_b, args, ring, block);
+        if (threadIdx.x % 32 == 0) load_tiles(&maps_a, &map_b, args, ring, block);
         __syncwarp();
     }
     meet_cluster();  // nothing may still be on its way to a block that has ended

@@ -14,6 +14,7 @@ import hashlib
 import importlib.util
 import math
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,10 @@ _PARTS = (
 _SHARED_BYTES = 218_176
 _THREADS = 512
 _LEAST_ROWS = 1024
+_MOST_PROJECTIONS = 4  # of one launch of the backward
+_MAP_BYTES = 128
+FORWARD_KINDS = ("gelu", "l2_norm_gelu")
+"""Whose forward the kernel can do; every kind's backward."""
 PAYS = {
     ("gelu", False): 0,
     ("gelu", True): 0,
@@ -91,16 +96,21 @@ def _is_hopper(device: int) -> bool:
     return torch.cuda.get_device_capability(device) == (9, 0)
 
 
-def scores_and_weights(x: Tensor, key: Tensor, projections: int, kind: WeightKind) -> tuple[Tensor, ...]:
-    """Scores, weights and the rows' statistics of ``x`` [rows, d_in] for ``key`` [p * n, d_in].
+def scores_and_weights(
+    x: Tensor, key: Tensor, projections: int, kind: WeightKind, *, keep_scores: bool = True
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Scores, weights and the rows' statistics of ``x`` [rows, d_in] for ``key`` [p * n, d_in]; ``kind`` is one of
+    :data:`FORWARD_KINDS`.
 
     Returns:
-        scores [rows * p, n], weights [rows * p, n], statistics [rows * p, 2] (float32; arbitrary for ``gelu``).
+        scores [rows * p, n] or None, weights [rows * p, n], statistics [rows * p, 2] (float32, of the scores before
+        they are rounded; arbitrary for ``gelu``).
     """
     rows, n = x.shape[0], key.shape[0] // projections
-    scores, weights = (x.new_empty(rows * projections, n) for _ in range(2))
+    weights = x.new_empty(rows * projections, n)
+    scores = torch.empty_like(weights) if keep_scores else None
     statistics = x.new_empty(rows * projections, 2, dtype=torch.float32)
-    _launch(x, key.view(projections, n, -1), scores, weights, None, statistics, 0, kind)
+    _launch([x], key.view(projections, n, -1), scores, weights, None, statistics, 0, kind)
     return scores, weights, statistics
 
 
@@ -111,17 +121,9 @@ def weights_and_score_grads(
     p times [rows, d_out], and ``value`` [p * n, d_out]."""
     weights, score_grads = (torch.empty_like(scores) for _ in range(2))
     tokens = value.view(len(grads), scores.shape[1], -1)
-    for projection, grad in enumerate(grads):
-        _launch(
-            grad,
-            tokens[projection : projection + 1],
-            scores,
-            weights,
-            score_grads,
-            statistics,
-            projection,
-            kind,
-        )
+    for first in range(0, len(grads), _MOST_PROJECTIONS):
+        some = slice(first, first + _MOST_PROJECTIONS)
+        _launch(grads[some], tokens[some], scores, weights, score_grads, statistics, first, kind)
     return weights, score_grads
 
 
@@ -147,32 +149,34 @@ class _Arguments(ctypes.Structure):
 
 
 def _launch(
-    a: Tensor,
-    b: Tensor,
-    scores: Tensor,
+    inputs: Sequence[Tensor],
+    tokens: Tensor,
+    scores: Tensor | None,
     weights: Tensor,
     grads: Tensor | None,
     statistics: Tensor,
     first_projection: int,
     kind: WeightKind,
 ) -> None:
-    """``a`` [rows, inner], ``b`` [p, n, inner]; the rest as whole tensors, of which the p projections from
-    ``first_projection`` on are read and written."""
+    """``inputs``, one [rows, inner] for each projection, in the forward one for all; ``tokens`` [p, n, inner]; the rest
+    as whole tensors, of which the p projections from ``first_projection`` on are read and written."""
     from cuda.bindings import driver
 
-    rows, inner = a.shape
-    projections, n, _ = b.shape
-    in_all = scores.shape[0] // rows
+    rows, inner = inputs[0].shape
+    projections, n, _ = tokens.shape
+    in_all = weights.shape[0] // rows
     panels, tiles = -(-rows // (BLOCKS * TILE_ROWS)), -(-n // TILE_TOKENS)
-    offset = 2 * n * first_projection
     needs_row = kind.norm_activation != "gelu"
-    partials = a.new_full(
-        (projections * tiles * panels * BLOCKS * TILE_ROWS * needs_row,), -1, dtype=torch.int64
+    parts = projections * tiles * panels * BLOCKS * TILE_ROWS * needs_row
+    partials = weights.new_full((parts,), -1, dtype=torch.int64)
+    scores_at, weights_at, grads_at = (
+        None if matrix is None else matrix.data_ptr() + 2 * n * first_projection
+        for matrix in (scores, weights, grads)
     )
     arguments = _Arguments(
-        scores.data_ptr() + offset,
-        weights.data_ptr() + offset,
-        grads.data_ptr() + offset if grads is not None else None,
+        scores_at,
+        weights_at,
+        grads_at,
         statistics.data_ptr() + 8 * first_projection,
         partials.data_ptr(),
         in_all * n,
@@ -185,18 +189,23 @@ def _launch(
         kind.tau,
         kind.norm_eps,
     )
-    map_a = _tensor_map(a.data_ptr(), (inner, rows), (a.stride(0),), (TILE_INNER, TILE_ROWS))
+    box = (TILE_INNER, TILE_ROWS)
+    maps = [_tensor_map(a.data_ptr(), (inner, rows), (a.stride(0),), box) for a in inputs]
     map_b = _tensor_map(
-        b.data_ptr(),
+        tokens.data_ptr(),
         (inner, n, projections),
-        (b.stride(1), b.stride(0)),
+        (tokens.stride(1), tokens.stride(0)),
         (TILE_INNER, TILE_TOKENS // BLOCKS, 1),
     )
-    pointers = (ctypes.c_void_p * 3)(map_a.getPtr(), map_b.getPtr(), ctypes.addressof(arguments))
-    clusters = min(_clusters(a.device.index, tiles if needs_row else 1), panels * tiles * projections)
-    with torch.cuda.device(a.device):
-        kernel = _kernel(a.device.index, grads is not None, kind.norm_activation, kind.gelu_approximate)
+    device = weights.device
+    clusters = min(_clusters(device.index, tiles if needs_row else 1), panels * tiles * projections)
+    with torch.cuda.device(device):
+        kernel = _kernel(device.index, grads is not None, kind.norm_activation, kind.gelu_approximate)
         stream = torch.cuda.current_stream().cuda_stream
+        maps_a = _side_by_side(maps)
+        pointers = (ctypes.c_void_p * 3)(
+            ctypes.addressof(maps_a), map_b.getPtr(), ctypes.addressof(arguments)
+        )
         _check(
             driver.cuLaunchKernel(
                 kernel,
@@ -212,6 +221,14 @@ def _launch(
                 0,
             )
         )
+
+
+def _side_by_side(maps: Sequence[Any]) -> Any:
+    """``TensorMaps`` of the kernel, the last of which may be missing."""
+    place = (ctypes.c_byte * (_MAP_BYTES * _MOST_PROJECTIONS))()
+    for index, tensor_map in enumerate(maps):
+        ctypes.memmove(ctypes.addressof(place) + _MAP_BYTES * index, tensor_map.getPtr(), _MAP_BYTES)
+    return place
 
 
 def _clusters(device: int, tiles: int) -> int:

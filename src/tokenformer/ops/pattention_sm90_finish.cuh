@@ -105,32 +105,28 @@ __device__ __forceinline__ void store_weights(const Place& place, u32 round, Chu
     place.store(place.args.weights, round, weights);
 }
 
+// The parts of a row's norm are on their way since before the tile was handed over, see multiply_tiles.
 __device__ __forceinline__ void finish_forward(const Place& place) {
-    Chunks held[NEEDS_ROW ? OWN_ROUNDS : 1];
+    if (NEEDS_ROW) {
+        if (const u32 row = finishing_thread(); row < TILE_M) {
+            const float2 figures = whole_norm(place.partials + row, place.tiles, place.padded_rows);
+            place.set_row(row, figures, 0.0f);
+            if (place.index == 0 && place.tile_row + row < place.args.rows)
+                place.statistics[row * static_cast<u64>(place.args.statistics_stride)] = figures;
+        }
+        meet(5, FINISHING);
+    }
 #pragma unroll
     for (int turn = 0; turn < OWN_ROUNDS; ++turn) {
         const u32 round = own_round(turn);
         wait_for_half(turn);
         if (round < ROUNDS) {
-            Chunks& scores = held[NEEDS_ROW ? turn : 0];
-            scores = place.load_tile(round);
-            place.store(place.args.scores, round, scores);
-            if (NEEDS_ROW) place.give_part_of_row(round, part_of_row(scores.of, place.column, place.args.n));
-            else store_weights(place, round, scores);
+            Chunks scores = place.load_tile(round);
+            if (place.args.scores != nullptr) place.store(place.args.scores, round, scores);
+            store_weights(place, round, scores);
         }
         free_half(turn, place.last);
     }
-    if (!NEEDS_ROW) return;
-    if (const u32 row = finishing_thread(); row < TILE_M) {
-        const float2 figures = whole_row(place.partials + row, place.tiles, place.padded_rows);
-        place.set_row(row, figures, 0.0f);
-        if (place.index == 0 && place.tile_row + row < place.args.rows)
-            place.statistics[row * static_cast<u64>(place.args.statistics_stride)] = figures;
-    }
-    meet(5, FINISHING);
-#pragma unroll
-    for (int turn = 0; turn < OWN_ROUNDS; ++turn)
-        if (own_round(turn) < ROUNDS) store_weights(place, own_round(turn), held[NEEDS_ROW ? turn : 0]);
 }
 
 // The first look at the gradients of the weights. In place of the scores it leaves what the second needs of the gradients.

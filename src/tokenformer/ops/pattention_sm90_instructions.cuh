@@ -1,6 +1,7 @@
 // Instructions of Hopper GPUs, and how the kernel's shared memory is laid out. Second part of pattention_sm90.cu.
 
 constexpr int BLOCKS = BLOCKS_OF_CLUSTER;
+constexpr int MOST_PROJECTIONS = 4;  // whose gradients a backward takes at once
 constexpr int TILE_M = 128, TILE_N = 192, TILE_K = 64, STAGES = 4;
 constexpr int BYTES_A = TILE_M * TILE_K * 2, BYTES_B = TILE_N * TILE_K * 2;
 constexpr int HALF_BYTES = 64 * TILE_N * 2;  // a finished half tile, between two warpgroups
@@ -13,9 +14,10 @@ constexpr int SHARED_BYTES = OFFSET_BARRIERS + 2 * STAGES * 8 + 1024;
 static_assert(SHARED_BYTES == SHARED_BYTES_OF_HOST, "keep in step with pattention_sm90.py");
 
 struct alignas(64) TensorMap { u64 opaque[16]; };
+struct TensorMaps { TensorMap of[MOST_PROJECTIONS]; };
 
 struct Arguments {
-    unsigned short* scores;   // [rows, row_stride], column proj * n + token: written by the forward, read by the backward
+    unsigned short* scores;   // [rows, row_stride], column proj * n + token: written by the forward unless null, read by the backward
     unsigned short* weights;  // as scores
     unsigned short* grads;    // as scores, of the backward alone
     float2* statistics;       // [rows, statistics_stride]: two figures of a row and projection

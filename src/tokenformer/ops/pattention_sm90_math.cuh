@@ -65,9 +65,6 @@ __device__ __forceinline__ float along_row(const Scale& scale, float sum, float 
     return sum / (KIND == SOFTMAX ? scale.tau : scale.root * second);
 }
 
-// What the row's figures are of.
-__device__ __forceinline__ float counted(float score) { return KIND == GELU_L2_NORM ? gelu(score).value : score; }
-
 __device__ __forceinline__ float weight_of(float score, const Row& row) {
     if (KIND == GELU) return gelu(score).value;
     if (KIND == L2_NORM_GELU) return gelu(score * row.first * row.factor).value;

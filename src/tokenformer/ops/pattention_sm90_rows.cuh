@@ -9,63 +9,20 @@ __device__ __forceinline__ float sum_of_eight(float x) {
     return x;
 }
 
-__device__ __forceinline__ float largest_of_eight(float x) {
-#pragma unroll
-    for (int step = 1; step < 8; step *= 2) x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, step));
-    return x;
+// Four neighbouring threads share a row of the product.
+__device__ __forceinline__ float sum_of_four(float x) {
+    x += __shfl_xor_sync(0xFFFFFFFFu, x, 1);
+    return x + __shfl_xor_sync(0xFFFFFFFFu, x, 2);
+}
+
+__device__ __forceinline__ float largest_of_four(float x) {
+    x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, 1));
+    return fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, 2));
 }
 
 __device__ __forceinline__ bool safe(float squares) { return squares > 1e-30f && squares < 1e36f; }
 __device__ __forceinline__ float scale_of(float largest) {
     return largest > 0 ? 1.0f / fmaxf(largest, 1.2e-38f) : 1.0f;
-}
-
-// Rare: zero rows, and squares that leave float32.
-__device__ __noinline__ float2 scaled_part(uint4 first, uint4 second, uint4 third) {
-    const u32 pairs[4 * PIECES] = {
-        first.x, first.y, first.z, first.w, second.x, second.y, second.z, second.w, third.x, third.y, third.z, third.w};
-    float largest = 0.0f, total = 0.0f;
-#pragma unroll
-    for (int i = 0; i < 4 * PIECES; ++i)
-        largest = fmaxf(largest, fmaxf(fabsf(counted(low_of(pairs[i]))), fabsf(counted(high_of(pairs[i])))));
-    largest = largest_of_eight(largest);
-    const float scale = scale_of(largest);
-#pragma unroll
-    for (int i = 0; i < 4 * PIECES; ++i) {
-        const float low = counted(low_of(pairs[i])) * scale, high = counted(high_of(pairs[i])) * scale;
-        total = fmaf(low, low, fmaf(high, high, total));
-    }
-    return make_float2(scale, sum_of_eight(total));
-}
-
-// (scale, sum of scaled squares) or (largest, sum of exponentials below it) over the eight threads' 24 scores each.
-__device__ __forceinline__ float2 part_of_row(const uint4 (&chunks)[PIECES], u32 first_column, u32 n) {
-    const u32* pairs = reinterpret_cast<const u32*>(chunks);
-    if (KIND == SOFTMAX) {
-        float largest = -3.4e38f, total = 0.0f;
-#pragma unroll
-        for (int i = 0; i < 4 * PIECES; ++i)
-            if (first_column + (i / 4) * 64 < n) largest = fmaxf(largest, fmaxf(low_of(pairs[i]), high_of(pairs[i])));
-        largest = largest_of_eight(largest);
-#pragma unroll
-        for (int i = 0; i < 4 * PIECES; ++i)
-            if (first_column + (i / 4) * 64 < n)
-                total += exponential(low_of(pairs[i]) - largest) + exponential(high_of(pairs[i]) - largest);
-        return make_float2(largest, sum_of_eight(total));
-    }
-    float total = 0.0f;
-#pragma unroll
-    for (int i = 0; i < 4 * PIECES; ++i) {
-        const float low = counted(low_of(pairs[i])), high = counted(high_of(pairs[i]));
-        total = fmaf(low, low, fmaf(high, high, total));
-    }
-    total = sum_of_eight(total);
-    float2 part = make_float2(1.0f, total);
-    if (__any_sync(0xFFFFFFFFu, !safe(total))) {
-        const float2 scaled = scaled_part(chunks[0], chunks[1], chunks[2]);
-        if (!safe(total)) part = scaled;
-    }
-    return part;
 }
 
 // A part of a row's figures goes to the tiles of that row by one store of 64 bits, which nobody can see half of. It
@@ -79,6 +36,29 @@ __device__ __forceinline__ u64 look_at(const u64* from) {
     u64 bits;
     asm volatile("ld.relaxed.gpu.global.b64 %0, [%1];" : "=l"(bits) : "l"(from) : "memory");
     return bits;
+}
+
+// (scale, sum of scaled squares) of the product's rows, from where it was summed up: of a thread's row FIRST / 2 of two.
+template <int FIRST>
+__device__ __forceinline__ float2 squares_of_row(const float (&sums)[96]) {
+    float even = 0.0f, odd = 0.0f;  // two chains, as each waits for itself
+#pragma unroll
+    for (int i = FIRST; i < 96; i += 4) even = fmaf(sums[i], sums[i], even), odd = fmaf(sums[i + 1], sums[i + 1], odd);
+    float2 part = make_float2(1.0f, sum_of_four(even + odd));
+    if (__any_sync(0xFFFFFFFFu, !safe(part.y))) {  // rare: rows of zeros, and squares that leave float32
+        float largest = 0.0f, total = 0.0f;
+#pragma unroll
+        for (int i = FIRST; i < 96; i += 4) largest = fmaxf(largest, fmaxf(fabsf(sums[i]), fabsf(sums[i + 1])));
+        const float scale = scale_of(largest_of_four(largest));
+#pragma unroll
+        for (int i = FIRST; i < 96; i += 4) {
+            const float a = sums[i] * scale, b = sums[i + 1] * scale;
+            total = fmaf(a, a, fmaf(b, b, total));
+        }
+        total = sum_of_four(total);
+        if (!safe(part.y)) part = make_float2(scale, total);
+    }
+    return part;
 }
 
 // Eight parts at a time, so that their ways to the second-level cache overlap; `nothing` in place of those beyond the last.
@@ -121,22 +101,9 @@ __device__ __noinline__ float2 scaled_squares(const u64* parts, u32 tiles, u64 p
     return make_float2(total > 0 ? scale : 1.0f, total);
 }
 
-// The two figures of a whole row from those of its tiles.
-__device__ __forceinline__ float2 whole_row(const u64* parts, u32 tiles, u64 padded_rows) {
+// The two figures of a whole row, a scale and the norm of what it scales, from those of its tiles.
+__device__ __forceinline__ float2 whole_norm(const u64* parts, u32 tiles, u64 padded_rows) {
     float total = 0.0f;
-    if (KIND == SOFTMAX) {
-        float largest = -3.4e38f;
-        for_all_parts(parts, tiles, padded_rows, make_float2(-3.4e38f, 0.0f), [&](const float2 (&part)[8]) {
-            float higher = largest;
-#pragma unroll
-            for (int i = 0; i < 8; ++i) higher = fmaxf(higher, part[i].x);
-            total *= exponential(largest - higher);
-#pragma unroll
-            for (int i = 0; i < 8; ++i) total = fmaf(part[i].y, exponential(part[i].x - higher), total);
-            largest = higher;
-        });
-        return make_float2(largest, fmaxf(total, 1.0f));
-    }
     bool plain = true;
     for_all_parts(parts, tiles, padded_rows, make_float2(1.0f, 0.0f), [&](const float2 (&part)[8]) {
 #pragma unroll
