@@ -42,7 +42,7 @@ extern "C" void row(const float* scores, const float* grads, int n, const float*
         score_grads[i] = terms.kept;
         along += terms.along;
     }
-    const Row row = {figures[0], factor, along_row(scales, along, figures[1])};
+    const Row row = {figures[0], factor, along_row(scales, along, figures[1], factor)};
     for (int i = 0; i < n && NEEDS_ROW; ++i) score_grads[i] = score_gradient(scores[i], score_grads[i], row);
 }
 """

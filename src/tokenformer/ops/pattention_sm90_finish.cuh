@@ -61,7 +61,7 @@ struct Place {
     }
     __device__ void set_row(u32 row, float2 figures, float along) const {
         const float factor = row_factor(args.scale, figures.x, figures.y);
-        along = along_row(args.scale, along, figures.y);
+        along = along_row(args.scale, along, figures.y, factor);
         asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(rows_of_tile + row * 16), "f"(figures.x), "f"(factor), "f"(along), "f"(0.0f) : "memory");
     }
     __device__ Row row(u32 round) const {

@@ -47,28 +47,30 @@ __device__ __forceinline__ Activation gelu(float z) {
     }
     const float sigmoid = reciprocal(1.0f + power_of_two(-(z * factor)));
     const float value = z * sigmoid;
-    return {value, fmaf(value * (1.0f - sigmoid), slope, sigmoid)};  // no slope wanted: the compiler drops it
+    return {value, fmaf(fmaf(-value, sigmoid, value), slope, sigmoid)};  // no slope wanted: the compiler drops it
 }
 
 __device__ __forceinline__ float exponential(float x) { return power_of_two(x * LOG2_E); }
 
-struct Row { float first, factor, along; };  // along: as the gradient takes it
+// What a row's scores go through, and for the gradient `along`: its sum over the row, ready to be taken off.
+struct Row { float first, factor, along; };
 
 struct Scale { float root, tau, eps; };  // root: of tau; eps: added to norms
 
+// From the two figures of a row: a scale and the norm of what it scales (softmax: the largest score and the sum of exponentials).
 __device__ __forceinline__ float row_factor(const Scale& scale, float first, float second) {
-    return KIND == SOFTMAX ? scale.tau / second : scale.root / (second + scale.eps * first);
+    if (KIND == SOFTMAX) return scale.tau / second;
+    return fminf(scale.root / (second + scale.eps * first) * first, 3e38f);
 }
 
-// A sum along a row as its gradient takes it.
-__device__ __forceinline__ float along_row(const Scale& scale, float sum, float second) {
-    return sum / (KIND == SOFTMAX ? scale.tau : scale.root * second);
+__device__ __forceinline__ float along_row(const Scale& scale, float sum, float second, float factor) {
+    return KIND == SOFTMAX ? sum / scale.tau : sum / (scale.root * second) * factor;
 }
 
 __device__ __forceinline__ float weight_of(float score, const Row& row) {
     if (KIND == GELU) return gelu(score).value;
-    if (KIND == L2_NORM_GELU) return gelu(score * row.first * row.factor).value;
-    if (KIND == GELU_L2_NORM) return gelu(score).value * row.first * row.factor;
+    if (KIND == L2_NORM_GELU) return gelu(score * row.factor).value;
+    if (KIND == GELU_L2_NORM) return gelu(score).value * row.factor;
     return exponential(score - row.first) * row.factor;
 }
 
@@ -81,7 +83,7 @@ __device__ __forceinline__ Terms backward_terms(float score, float grad, const R
         return {a.value, grad * a.slope, 0.0f};
     }
     if (KIND == L2_NORM_GELU) {
-        const float y = score * row.first * row.factor;
+        const float y = score * row.factor;
         const Activation a = gelu(y);
         const float through = grad * a.slope;
         return {a.value, through, y * through};
@@ -90,10 +92,11 @@ __device__ __forceinline__ Terms backward_terms(float score, float grad, const R
     return {weight, grad, weight * grad};
 }
 
-// Second look: through y = c s / (r + eps), r = |s|: ds = c dy / (r + eps) - y (y . dy) / (c r).
+// Second look: through y = c s / (r + eps), r = |s|: ds = c dy / (r + eps) - y (y . dy) / (c r). A row that is scaled, because the
+// squares leave float32, is so before it meets `along`.
 __device__ __forceinline__ float score_gradient(float score, float kept, const Row& row) {
-    if (KIND == SOFTMAX) return (kept - row.along) * (exponential(score - row.first) * row.factor);
-    if (KIND == L2_NORM_GELU) return (kept * row.factor - row.along * (score * row.first * row.factor)) * row.first;
+    if (KIND == SOFTMAX) return (kept - row.along) * weight_of(score, row);
+    if (KIND == L2_NORM_GELU) return fmaf(-row.along, score * row.first, kept * row.factor);
     const Activation a = gelu(score);
-    return (kept * row.factor - row.along * (a.value * row.first * row.factor)) * row.first * a.slope;
+    return fmaf(-row.along, a.value * row.first, kept * row.factor) * a.slope;
 }
