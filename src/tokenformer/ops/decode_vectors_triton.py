@@ -75,7 +75,7 @@ def _pattention_weights(
     for i in tl.static_range(PIECES):
         part = parts[i]
         if KIND == L2_NORM_GELU and HOPPER and not EXACT:
-            part = _quick_gelu(part * (first * factor), TANH)
+            part = _quick_gelu(part * factor, TANH)
         elif KIND != GELU:
             part = weight_of(part, first, factor, KIND, TANH, EXACT)
         weights = weights + (part,)  # noqa: RUF005

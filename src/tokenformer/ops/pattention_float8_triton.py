@@ -10,6 +10,8 @@ from tokenformer.ops.pattention_float8_copies_triton import _raise_to, _rounded,
 from tokenformer.ops.pattention_triton import row_statistics
 from tokenformer.ops.pattention_triton_math import (
     GELU,
+    GELU_L2_NORM,
+    L2_NORM_GELU,
     SOFTMAX,
     backward_terms,
     before_statistics,
@@ -104,6 +106,7 @@ def backward_to_float8(
     [p, rows]; the p rows of an input row share their scale."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     there = row < rows
+    # scales of rows join what the rows are multiplied by anyway
     input_scale = tl.load(input_scales + row, mask=there, other=1.0)
     missing: tl.constexpr = float("-inf") if KIND == SOFTMAX else 0.0
     found = ()
@@ -117,6 +120,7 @@ def backward_to_float8(
             first = tl.load(statistics + source * 2, mask=there, other=1.0)
             second = tl.load(statistics + source * 2 + 1, mask=there, other=1.0)
         factor = row_factor(first, second, root, tau, eps, KIND)
+        of_scores = factor * input_scale if KIND == L2_NORM_GELU else factor
         along = tl.zeros((ROWS, PIECE), tl.float32)
         kept = ()
         for i in tl.static_range(PIECES):
@@ -124,16 +128,20 @@ def backward_to_float8(
             inside = there if EVEN else there & (column < n)
             score = tl.load(scores + source * n + column, mask=inside, other=missing).to(tl.float32)
             grad = tl.load(weight_grads + place * n + column, mask=inside, other=0.0).to(tl.float32)
-            _, y, grad, slope = backward_terms(
-                score * input_scale, grad * grad_scale, first, factor, KIND, TANH, EXACT
-            )
+            if KIND != L2_NORM_GELU:
+                score = score * input_scale
+            if KIND == GELU or KIND == SOFTMAX:
+                grad = grad * grad_scale
+            _, y, grad, slope = backward_terms(score, grad, first, of_scores, KIND, TANH, EXACT)
             along += y * grad
             kept = kept + ((y, grad, slope),)  # noqa: RUF005
         total = tl.sum(along, axis=1, keep_dims=True)
+        if KIND == L2_NORM_GELU or KIND == GELU_L2_NORM:
+            total, factor = total * grad_scale, factor * grad_scale
         for i in tl.static_range(PIECES):
             y, grad, slope = kept[i]
             grad = score_gradient(y, grad, slope, total, first, second, factor, root, tau, KIND)
-            largest = tl.maximum(largest, tl.where(there, tl.abs(grad), 0.0))
+            largest = tl.maximum(largest, tl.abs(grad))
             found = found + (grad,)  # noqa: RUF005
     scale = _scale_of(tl.max(largest, axis=1, keep_dims=True))
     inverse = 1 / scale
