@@ -6,29 +6,38 @@ import importlib.util
 import math
 from collections.abc import Sequence
 from functools import cache
+from itertools import repeat
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-BLOCK = 2048
+BLOCK = 2048  # elements at a time
 WARPS = 8
-CHUNK = 8 * BLOCK
+CHUNK = 8 * BLOCK  # of one program
 _STEPS_BLOCK = 128
-_COLUMNS = 8  # of the kernels' table
+_COLUMNS, _SIZE, _FIRST = 8, 5, 6  # of the kernels' table, see adamw_triton
 
 
-def applies(*lists: Sequence[Tensor]) -> bool:
-    """Whether :func:`adamw_update` serves these tensors: all float32, contiguous and on one GPU that Triton serves."""
-    device = lists[0][0].device
-    return (
-        device.type == "cuda"
-        and _serves_device(device)
-        and all(
-            tensor.dtype == torch.float32 and tensor.device == device and tensor.is_contiguous()
-            for tensors in lists
-            for tensor in tensors
+def applies(parameters: Sequence[Tensor], *likewise: Sequence[Tensor], steps: Sequence[Tensor]) -> bool:
+    """Whether :func:`adamw_update` serves these tensors: all float32, contiguous, of the parameters' shapes, and on one
+    GPU that Triton serves."""
+    device = parameters[0].device
+    if device.type != "cuda" or not _serves_device(device):
+        return False
+    shapes = [parameter.shape for parameter in parameters]
+    return all(
+        tensor.dtype == torch.float32
+        and tensor.device == device
+        and tensor.shape == shape
+        and tensor.is_contiguous()
+        for tensors, of in (
+            (parameters, shapes),
+            *((x, shapes) for x in likewise),
+            (steps, repeat(torch.Size())),
         )
+        for tensor, shape in zip(tensors, of, strict=False)
     )
 
 
@@ -72,83 +81,73 @@ def adamw_update(
         grad_scale: [] float32, what gradients are divided by.
         found_inf: [] float32, 1.0 leaves everything as it is.
     """
-    rows = _rows(parameters, gradients, exp_avgs, exp_avg_sqs, steps)
-    aligned = (rows[:, :4] % 16 == 0).all(axis=1) & (rows[:, 5] % 4 == 0)
-    device = parameters[0].device
-    with torch.cuda.device_of(parameters[0]):
-        for wide in (True, False):
-            if (chosen := aligned == wide).any():
-                _launch(rows[chosen], wide, device, lr, betas, eps, weight_decay, grad_scale, found_inf)
-    torch.autograd.graph.increment_version(parameters)
-
-
-def _rows(parameters: Sequence[Tensor], *others: Sequence[Tensor]) -> np.ndarray:
-    """The kernels' table but for the first chunks, [tensors, 8] int64."""
-    rows = np.zeros((len(parameters), _COLUMNS), np.int64)
-    for column, tensors in enumerate((parameters, *others)):
-        rows[:, column] = [tensor.data_ptr() for tensor in tensors]
-    rows[:, 5] = [parameter.numel() for parameter in parameters]
-    return rows
-
-
-def _launch(
-    rows: np.ndarray,
-    aligned: bool,
-    device: torch.device,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-) -> None:
     from tokenformer.ops.adamw_triton import advance_steps, update_chunks
 
-    table, tensor_of_chunk = _to_device(rows, device)
-    factors = torch.empty(len(rows), 2, device=device)
-    advance_steps[(-(-len(rows) // _STEPS_BLOCK),)](
-        table,
-        factors,
-        found_inf,
-        len(rows),
-        float(lr),
-        *(math.log(beta) if beta else -math.inf for beta in betas),
-        FOUND_INF=found_inf is not None,
-        BLOCK=_STEPS_BLOCK,
-        num_warps=4,
-    )
-    if not len(tensor_of_chunk):
-        return
-    update_chunks[(len(tensor_of_chunk),)](
-        table,
-        tensor_of_chunk,
-        factors,
-        grad_scale,
-        found_inf,
-        float(lr * weight_decay),
-        1.0 - betas[0],
-        1.0 - betas[1],
-        float(eps),
-        GRAD_SCALE=grad_scale is not None,
-        FOUND_INF=found_inf is not None,
-        ALIGNED=aligned,
-        CHUNK=CHUNK,
-        BLOCK=BLOCK,
-        num_warps=WARPS,
-    )
+    with torch.cuda.device_of(parameters[0]):
+        work = _work(parameters, gradients, exp_avgs, exp_avg_sqs, steps)
+        factors = torch.empty(len(steps), 2, device=parameters[0].device)
+        advance_steps[(-(-len(steps) // _STEPS_BLOCK),)](
+            work.table,
+            factors,
+            found_inf,
+            len(steps),
+            float(lr),
+            *(math.log(beta) if beta else -math.inf for beta in betas),
+            FOUND_INF=found_inf is not None,
+            BLOCK=_STEPS_BLOCK,
+            num_warps=4,
+        )
+        for tensor_of_chunk, aligned in ((work.aligned, True), (work.others, False)):
+            if not len(tensor_of_chunk):
+                continue
+            update_chunks[(len(tensor_of_chunk),)](
+                work.table,
+                tensor_of_chunk,
+                factors,
+                grad_scale,
+                found_inf,
+                float(lr * weight_decay),
+                1.0 - betas[0],
+                1.0 - betas[1],
+                float(eps),
+                GRAD_SCALE=grad_scale is not None,
+                FOUND_INF=found_inf is not None,
+                ALIGNED=aligned,
+                CHUNK=CHUNK,
+                BLOCK=BLOCK,
+                num_warps=WARPS,
+            )
+    torch.autograd.graph.increment_version(parameters)  # kernels go past torch
 
 
-def _to_device(rows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The whole table [tensors, 8] int64 and the tensor of each chunk [chunks] int32, in one copy.
+class _Work(NamedTuple):
+    """What the kernels are given, on the device: ``table`` [tensors, 8] int64, and the tensor of each chunk, [chunks]
+    int32, apart for those that lie at multiples of 16 bytes, and fill them, and for the others."""
 
-    It is made anew each time, as gradients may lie elsewhere in each step; the host's memory is the caching
-    allocator's, which does not give it out again before the copy is done.
-    """
-    chunks = -(-rows[:, 5] // CHUNK)
-    rows[:, 6] = np.cumsum(chunks) - chunks
-    count = int(chunks.sum())
-    host = torch.empty(rows.size + -(-count // 2), dtype=torch.int64, pin_memory=device.type == "cuda")
-    host[: rows.size].numpy()[:] = rows.ravel()
-    host[rows.size :].view(torch.int32)[:count].numpy()[:] = np.repeat(np.arange(len(rows)), chunks)
-    whole = host.to(device, non_blocking=True)
-    return whole[: rows.size], whole[rows.size :].view(torch.int32)[:count]
+    table: Tensor
+    aligned: Tensor
+    others: Tensor
+
+
+def _work(parameters: Sequence[Tensor], *others: Sequence[Tensor]) -> _Work:
+    """Made anew in each step, as gradients may lie elsewhere in each, and sent in one copy. The host's memory is the
+    caching allocator's, which does not give it out again before the copy is done."""
+    tensors, device = len(parameters), parameters[0].device
+    table = np.zeros((tensors, _COLUMNS), np.int64)
+    for column, parts in enumerate((parameters, *others)):
+        table[:, column] = [part.data_ptr() for part in parts]
+    table[:, _SIZE] = [parameter.numel() for parameter in parameters]
+    aligned = (table[:, :4] % 16 == 0).all(axis=1) & (table[:, _SIZE] % 4 == 0)
+    chunks = -(-table[:, _SIZE] // CHUNK)
+    tensor_of_chunk = []
+    for chosen in (aligned, ~aligned):
+        table[chosen, _FIRST] = np.cumsum(chunks[chosen]) - chunks[chosen]
+        tensor_of_chunk.append(np.repeat(np.flatnonzero(chosen), chunks[chosen]))
+    wide, narrow = map(len, tensor_of_chunk)
+    host = torch.empty(2 * table.size + wide + narrow, dtype=torch.int32, pin_memory=device.type == "cuda")
+    parts = host.split([2 * table.size, wide, narrow])
+    parts[0].numpy().view(np.int64)[:] = table.ravel()
+    for part, values in zip(parts[1:], tensor_of_chunk, strict=True):
+        part.numpy()[:] = values
+    whole = host.to(device, non_blocking=True).split([2 * table.size, wide, narrow])
+    return _Work(whole[0].view(torch.int64), whole[1], whole[2])

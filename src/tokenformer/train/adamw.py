@@ -64,7 +64,7 @@ def step_adamw(
     gradients = local_parts(cast(Tensor, parameter.grad) for parameter in parameters)
     exp_avgs, exp_avg_sqs = (local_parts(entry[key] for entry in states) for key in ("exp_avg", "exp_avg_sq"))
     tensors = (local_parts(parameters), gradients, exp_avgs, exp_avg_sqs)
-    if applies(*tensors, steps):
+    if applies(*tensors, steps=steps):
         adamw_update(
             *tensors,
             steps,
