@@ -58,3 +58,41 @@ def test_steps_are_torchs() -> None:
                     value, atol = value.cpu(), 1e-6 * value.abs().max().item()
                     torch.testing.assert_close(optimizer.state[a][key].cpu(), value, rtol=1e-5, atol=atol)
     assert [optimizer.state[p]["step"].item() for p in ours] == [7, 7, 5]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("recorded", [False, True])
+def test_on_a_gpu_steps_are_those_of_torchs_fused_kernel(recorded: bool) -> None:
+    """With gradients that a CUDA graph writes to one place, or new ones in each step; the host waits for nothing."""
+    ours, theirs = make_parameters(), make_parameters()
+    optimizer = AdamW(groups_of(ours), **OPTIONS)
+    reference = torch.optim.AdamW(groups_of(theirs), fused=True, **OPTIONS)
+    scale = torch.tensor(4.0, device=DEVICE)
+    optimizer.grad_scale = scale
+    graph = torch.cuda.CUDAGraph()
+    if recorded:
+        for parameter in ours:
+            parameter.grad = torch.zeros_like(parameter)
+        with torch.no_grad(), torch.cuda.graph(graph):
+            for parameter in ours:
+                parameter.grad.copy_(torch.sin(3 * parameter) * scale)
+    for step in range(6):
+        skipped = step == 3
+        optimizer.found_inf = torch.tensor(float(skipped), device=DEVICE)
+        torch.cuda.set_sync_debug_mode("error" if step else "default")
+        if recorded:
+            graph.replay()
+        else:
+            for parameter in ours:
+                parameter.grad = torch.sin(3 * parameter.detach()) * scale
+        optimizer.step()
+        torch.cuda.set_sync_debug_mode("default")
+        for parameter in theirs:
+            parameter.grad = torch.sin(3 * parameter.detach())
+        if not skipped:
+            reference.step()
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(a.grad, b.grad * scale, rtol=1e-4, atol=1e-5)  # as it was
+            assert torch.equal(optimizer.state[a]["step"], reference.state[b]["step"])

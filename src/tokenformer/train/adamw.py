@@ -1,4 +1,4 @@
-"""AdamW (arXiv 1711.05101) over plain and sharded parameters: torch's fused kernel, alone and beside Muon."""
+"""AdamW (arXiv 1711.05101) over plain and sharded parameters, alone and beside Muon: our kernel, or torch's fused."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from tokenformer.ops.adamw import adamw_update, applies
 from tokenformer.parallel.local import local_parts
 
 
@@ -44,7 +45,7 @@ def step_adamw(
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
 ) -> None:
-    """One step of all ``parameters``, in place; gradients are divided by ``grad_scale`` in place too.
+    """One step of all ``parameters``, in place; what becomes of gradients is left open (torch's kernel divides them).
 
     Args:
         parameters: plain tensors or DTensors, with gradients, all on one device.
@@ -53,8 +54,8 @@ def step_adamw(
         betas: decay of both moments.
         eps: added to the root of the second.
         weight_decay: decoupled, times ``lr``.
-        grad_scale: [], what gradients are divided by.
-        found_inf: [], 1.0 leaves everything as it is.
+        grad_scale: [] float32, what gradients are divided by.
+        found_inf: [] float32, 1.0 leaves everything but gradients as it is.
     """
     if not parameters:
         return
@@ -62,11 +63,21 @@ def step_adamw(
     steps = [entry["step"] for entry in states]
     gradients = local_parts(cast(Tensor, parameter.grad) for parameter in parameters)
     exp_avgs, exp_avg_sqs = (local_parts(entry[key] for entry in states) for key in ("exp_avg", "exp_avg_sq"))
+    tensors = (local_parts(parameters), gradients, exp_avgs, exp_avg_sqs)
+    if applies(*tensors, steps=steps):
+        adamw_update(
+            *tensors,
+            steps,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            grad_scale=grad_scale,
+            found_inf=found_inf,
+        )
+        return
     adamw(
-        local_parts(parameters),
-        gradients,
-        exp_avgs,
-        exp_avg_sqs,
+        *tensors,
         [],
         steps,
         fused=True,
