@@ -130,13 +130,13 @@ def backward_to_float8(
             grad = tl.load(weight_grads + place * n + column, mask=inside, other=0.0).to(tl.float32)
             if KIND != L2_NORM_GELU:
                 score = score * input_scale
-            if KIND == GELU or KIND == SOFTMAX:
+            if KIND == GELU or KIND == SOFTMAX:  # noqa: SIM109  (Triton has no `in`)
                 grad = grad * grad_scale
             _, y, grad, slope = backward_terms(score, grad, first, of_scores, KIND, TANH, EXACT)
             along += y * grad
             kept = kept + ((y, grad, slope),)  # noqa: RUF005
         total = tl.sum(along, axis=1, keep_dims=True)
-        if KIND == L2_NORM_GELU or KIND == GELU_L2_NORM:
+        if KIND == L2_NORM_GELU or KIND == GELU_L2_NORM:  # noqa: SIM109
             total, factor = total * grad_scale, factor * grad_scale
         for i in tl.static_range(PIECES):
             y, grad, slope = kept[i]
