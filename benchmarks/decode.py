@@ -3,8 +3,9 @@
     python benchmarks/decode.py --models 150M 1.5B --batches 1 4 16 --json decode.json
 
 Sides, all in one run on random weights and prompts: ``ours``, what ``generate`` does by itself on the device;
-``fused`` and ``graph``, its step by a kernel for each product, and by a CUDA graph of the model's own operations (the
-former falls back to the latter where it does not serve the batch; the column ``step`` tells); ``int8``, ours with its
+``fused``, ``batched`` and ``graph``, its step by a kernel for each product, by one and one more for the vectors of
+each, and by a CUDA graph of the model's own operations (the former two fall back to the last where they do not serve
+the batch; the column ``step`` tells); ``int8``, ours with its
 weights in 8 bits; ``plain``, the same model by plain calls; ``transformer``, our baseline with as many parameters by
 the same engine; ``hf``, GPT-NeoX of Hugging Face with as many parameters by its ``generate``; ``hf_static``, that
 with its static cache and torch.compile (CUDA graphs). Before timing, the logits of ours are compared with those of a
@@ -45,8 +46,8 @@ from tokenformer.models.quantize import quantize_model
 from tokenformer.models.registry import model_class
 from tokenformer.models.tokenformer.config import TokenFormerConfig
 
-SIDES = ("ours", "fused", "graph", "int8", "plain", "transformer", "hf", "hf_static")
-PATHS: dict[str, prepared.StepPath] = {"fused": "fused", "graph": "model"}
+SIDES = ("ours", "fused", "batched", "graph", "int8", "plain", "transformer", "hf", "hf_static")
+PATHS: dict[str, prepared.StepPath] = {"fused": "fused", "batched": "batched", "graph": "model"}
 WITH_ERRORS = {"ours", "int8", "transformer", *PATHS}
 LONGEST_CHECKED_PROMPT = 256
 WARM_UP = 2

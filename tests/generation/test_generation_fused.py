@@ -1,4 +1,4 @@
-"""A token through the fused kernels against the model itself: by Triton's interpreter in float32, or on a GPU."""
+"""A token through the kernels of both forms against the model: by Triton's interpreter in float32, or on a GPU."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from tokenformer.generation import batched
+from tokenformer.generation.batched import BatchedStep
 from tokenformer.generation.fused import FusedStep, serves
 from tokenformer.growth.grow import grow
 from tokenformer.layers.pattention import Pattention
@@ -26,9 +28,14 @@ KINDS = ("gelu", "l2_norm_gelu", "gelu_l2_norm", "softmax")
 def _few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter takes programs one after another."""
     if DEVICE == "cpu":
-        from tokenformer.ops import decode
+        from tokenformer.ops import decode, decode_batch
+
+        def batch_tile(rows: int, columns: int, *, is_split: bool = True) -> decode_batch.BatchTile:
+            pieces = 2 if is_split else -(-columns // 16)
+            return decode_batch.BatchTile(rows=32, piece=16, pieces=pieces, held=1)
 
         monkeypatch.setattr(decode, "choose_tile", lambda *_: decode.Tile(rows=16, piece=16, warps=4))
+        monkeypatch.setattr(decode_batch, "choose_batch_tile", batch_tile)
 
 
 def make(name: str, make_tokenformer: MakeModel, make_transformer: MakeModel) -> LanguageModel:
@@ -46,6 +53,7 @@ def make(name: str, make_tokenformer: MakeModel, make_transformer: MakeModel) ->
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("form", [FusedStep, BatchedStep])
 @pytest.mark.parametrize(
     ("name", "quantized"),
     [
@@ -55,7 +63,11 @@ def make(name: str, make_tokenformer: MakeModel, make_transformer: MakeModel) ->
     ],
 )
 def test_logits_are_the_models(
-    name: str, quantized: bool, make_tokenformer: MakeModel, make_transformer: MakeModel
+    name: str,
+    quantized: bool,
+    form: type[FusedStep] | type[BatchedStep],
+    make_tokenformer: MakeModel,
+    make_transformer: MakeModel,
 ) -> None:
     with torch.inference_mode(False):
         model = make(name, make_tokenformer, make_transformer).to(DEVICE)
@@ -68,7 +80,7 @@ def test_logits_are_the_models(
     static, plain = model.static_state(state, 16), model.static_state(state, 16)
     assert static is not None
     assert serves(model, 2)
-    step = FusedStep(model, static)
+    step = form(model, static)
     for token in (3, 39) if name in ("l2_norm_gelu", "biased") else (39,):
         tokens = torch.tensor([[token], [token - 1]], device=DEVICE)
         expected = copy.deepcopy(model).double()(tokens, state=_double(plain)).logits[:, -1]
@@ -95,3 +107,13 @@ def test_what_is_not_served(make_tokenformer: MakeModel, make_transformer: MakeM
     layer = next(module for module in hooked.modules() if isinstance(module, Pattention))
     layer.register_forward_hook(lambda *_: None)
     assert not serves(hooked, 1)
+
+
+def test_what_is_served_together(make_tokenformer: MakeModel) -> None:
+    model = make_tokenformer()
+    assert not batched.serves(model, 2)  # float32
+    model = model.bfloat16()
+    assert batched.serves(model, 2)
+    assert batched.serves(model, 16)
+    assert not batched.serves(model, 1)
+    assert not batched.serves(model, 1000)

@@ -99,7 +99,7 @@ def test_attention_over_a_cache(used: int, starts: tuple[int, int], rotary: int)
     statistics = torch.full((b, splits, h), torch.nan, device=DEVICE)
     length, positions = torch.tensor([used], device=DEVICE), used - first
     before = keys.clone(), values.clone()
-    attention(qkv, (keys, values), (cos, sin), length, first, positions, parts, statistics)
+    attention(qkv[None], (keys, values), (cos, sin), length, first, positions, parts, statistics)
     out, identity = torch.empty(b, 1, h * e, device=DEVICE), torch.eye(h * e, device=DEVICE)[None]
     multiply(parts, Attended(statistics), Matrix(identity), out, tile=Tile(16, 64, 4))
 

@@ -11,15 +11,15 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
+from tokenformer.generation import batched, fused
 from tokenformer.generation.config import SamplingConfig
-from tokenformer.generation.fused import FusedStep, serves
 from tokenformer.generation.static import STEPS_AT_ONCE, StaticDecoder, Step
 from tokenformer.models.base import LanguageModel
 
 _LENGTH_STEP = 256  # lengths are rounded up, so that calls that differ a little share a decoder
 
-StepPath = Literal["fused", "model"]
-"""A kernel for each product, or the model's own operations."""
+StepPath = Literal["fused", "batched", "model"]
+"""A kernel for each product; one, and one for the vectors of each; or the model's own operations."""
 
 
 class _Key(NamedTuple):
@@ -66,12 +66,14 @@ def _prepare(
     return StaticDecoder(static, make_step(model, static), sampling, vocab_size, length=length, device=device)
 
 
-def make_step(model: LanguageModel, static: Any, path: StepPath = "fused") -> Step:
+def make_step(model: LanguageModel, static: Any, path: StepPath | None = None) -> Step:
     """The call of one token: by ``path`` where it serves this model and batch on its device, otherwise by the model's
-    own operations."""
-    on_gpu = next(model.parameters()).device.type == "cuda"
-    if path == "fused" and on_gpu and serves(model, static.batch_size):
-        return FusedStep(model, static)
+    own operations. Without ``path``, by the first that serves."""
+    if next(model.parameters()).device.type == "cuda":
+        if path in ("batched", None) and batched.serves(model, static.batch_size):
+            return batched.BatchedStep(model, static)
+        if path in ("fused", None) and fused.serves(model, static.batch_size):
+            return fused.FusedStep(model, static)
     return _model_step(model)
 
 

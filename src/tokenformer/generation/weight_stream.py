@@ -44,18 +44,21 @@ class WeightStore:
         return -(-size // self._unit) * self._unit
 
 
-def stream_ahead(memory: Tensor, used: Sequence[int]) -> tuple[list[Tensor | None], Tensor | None]:
+def stream_ahead(
+    memory: Tensor, used: Sequence[int], pauses: int = 1
+) -> tuple[list[Tensor | None], Tensor | None]:
     """What each kernel asks for, and what is to be asked for before the first.
 
     Args:
         memory: the weights in the order of use, one axis.
         used: bytes of ``memory`` that each kernel reads, in order; 0 for one that reads none.
+        pauses: to how many launches without reading each amounts beside its reading.
 
     Returns:
         A part of ``memory`` for each kernel, or None, and the part before the first.
     """
     unit = _ALIGNMENT // memory.element_size()
-    seconds = [_LAUNCH_SECONDS + size / _BYTES_A_SECOND for size in used]
+    seconds = [pauses * _LAUNCH_SECONDS + size / _BYTES_A_SECOND for size in used]
     share = memory.nbytes / sum(seconds)  # bytes for each second
     behind, now, lead = 0, 0.0, 0.0
     for size, duration in zip(used, seconds, strict=True):

@@ -152,7 +152,7 @@ def multiply(
         PIECES=-(-columns // tile.piece),
         THREADS=32 * tile.warps,
         HOPPER=launch.hopper,
-        **_options(tile.warps, launch),
+        **launch_options(tile.warps, launch),
     )
 
 
@@ -171,7 +171,7 @@ def attention(
     """Attention of one token over the cache, in parts that :class:`Attended` puts together.
 
     Args:
-        qkv: [b, 3, d] float32, before rotary.
+        qkv: [k, b, 3, d] float32, k parts whose sum it is, before rotary.
         cache: keys and values [b, h, T, e]; this token's are written into them.
         angles: cosine and sine [T, r] float32, r = 0 for no rotary.
         lengths: [1] integers, tokens in the cache.
@@ -196,12 +196,13 @@ def attention(
         head_size**-0.5,
         qkv if launch.coming is None else launch.coming,
         0 if launch.coming is None else launch.coming.nbytes,
+        PARTS=qkv.shape[0],
         ROTARY=angles[0].shape[-1],
         FEATURES=max(16, 1 << (head_size - 1).bit_length()),
         BLOCK=KEYS_A_BLOCK,
         THREADS=32 * _ATTENTION_WARPS,
         HOPPER=launch.hopper,
-        **_options(_ATTENTION_WARPS, launch),
+        **launch_options(_ATTENTION_WARPS, launch),
     )
 
 
@@ -209,11 +210,12 @@ def look_up(tokens: Tensor, table: Tensor, out: Tensor, *, launch: Launch = PLAI
     """Rows ``tokens`` [b, 1] of ``table`` [v, d] into ``out`` [b, 1, d] float32."""
     batch, hidden = out.shape[0], out.shape[-1]
     grid = (batch, -(-hidden // 1024))
-    options = {"HOPPER": launch.hopper, **_options(4, launch)}
+    options = {"HOPPER": launch.hopper, **launch_options(4, launch)}
     embed[grid](tokens, table, out, hidden, BLOCK=1024, **options)
 
 
-def _options(warps: int, launch: Launch) -> dict[str, Any]:
+def launch_options(warps: int, launch: Launch) -> dict[str, Any]:
+    """What a kernel that asks for its weights before it waits is compiled and launched with."""
     if not launch.hopper:
         return {"num_warps": warps}
     options = {"num_warps": warps, "launch_pdl": True}

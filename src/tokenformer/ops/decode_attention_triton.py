@@ -13,14 +13,23 @@ from tokenformer.ops.decode_triton import _prefetch
 
 
 @triton.jit
-def _turned(source, feature, inside, cos, sin, ROTARY: tl.constexpr):
+def _summed(source, stride, feature, inside, PARTS: tl.constexpr):
+    """The sum of PARTS vectors, ``stride`` apart, in their order."""
+    total = tl.load(source + feature, mask=inside, other=0.0)
+    for i in tl.static_range(1, PARTS):
+        total += tl.load(source + i * stride + feature, mask=inside, other=0.0)
+    return total
+
+
+@triton.jit
+def _turned(source, stride, feature, inside, cos, sin, PARTS: tl.constexpr, ROTARY: tl.constexpr):
     """Features of one head, the first ROTARY of them turned: half-split as in :mod:`tokenformer.ops.rotary`."""
-    plain = tl.load(source + feature, mask=inside, other=0.0)
+    plain = _summed(source, stride, feature, inside, PARTS)
     if ROTARY == 0:
         return plain
     HALF: tl.constexpr = ROTARY // 2
     partner = tl.where(feature < HALF, feature + HALF, feature - HALF)
-    other = tl.load(source + partner, mask=inside & (feature < ROTARY), other=0.0)
+    other = _summed(source, stride, partner, inside & (feature < ROTARY), PARTS)
     return plain * cos + tl.where(feature < HALF, -other, other) * sin
 
 
@@ -64,6 +73,7 @@ def attend(
     scale,
     coming,
     coming_bytes,
+    PARTS: tl.constexpr,
     ROTARY: tl.constexpr,
     FEATURES: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -72,10 +82,10 @@ def attend(
 ):
     """Attention of one token over the cache [b, h, T, e] and itself, a part of the cache in each program (h, s, b).
 
-    ``qkv`` [b, 3, h, e] float32, before rotary; the first split also writes this token's key and value into the cache.
-    ``lengths`` [1], the tokens in the cache; ``starts`` [b], the first of them that is no padding; ``positions`` [b],
-    of this token. Written: ``out`` [b, s, h, e], the attention over each part; ``statistics`` [b, s, h]: the logarithm
-    of the sum of its exponentials. ``coming`` as in :func:`gemv`.
+    ``qkv`` [PARTS, b, 3, h, e] float32, parts of a sum, before rotary; the first split also writes this token's key and
+    value into the cache. ``lengths`` [1], the tokens in the cache; ``starts`` [b], the first that is no padding;
+    ``positions`` [b], of this token. Written: ``out`` [b, s, h, e], the attention over each part; ``statistics``
+    [b, s, h]: the logarithm of the sum of its exponentials. ``coming`` as in :func:`gemv`.
 
     What the kernels right before do not write is loaded before they have ended, past the first-level cache.
     """
@@ -99,14 +109,15 @@ def attend(
     hidden = heads * head_size
     part = (b * splits + split) * heads + head
     vectors = qkv + b * 3 * hidden + head * head_size  # query, key and value, ``hidden`` apart
+    stride = tl.num_programs(2) * 3 * hidden
     inside = feature < head_size
-    query = _turned(vectors, feature, inside, cos, sin, ROTARY) * scale
+    query = _turned(vectors, stride, feature, inside, cos, sin, PARTS, ROTARY) * scale
     largest = float("-inf")
     share = 0.0
     total = tl.zeros((FEATURES,), tl.float32)
     if split == 0:
-        key = _turned(vectors + hidden, feature, inside, cos, sin, ROTARY)
-        value = tl.load(vectors + 2 * hidden + feature, mask=inside, other=0.0)
+        key = _turned(vectors + hidden, stride, feature, inside, cos, sin, PARTS, ROTARY)
+        value = _summed(vectors + 2 * hidden, stride, feature, inside, PARTS)
         here = cache + length * head_size + feature
         tl.store(key_cache + here, key.to(key_cache.dtype.element_ty), mask=inside)
         tl.store(value_cache + here, value.to(value_cache.dtype.element_ty), mask=inside)

@@ -1,0 +1,189 @@
+"""Products of one token of each of a few sequences on a GPU: which kernel, and how it is laid out.
+
+Two kernels take turns: :func:`make_vectors` adds up what the splits of a product left and makes the next vectors of it
+(after attention :func:`join_attention` does), :func:`multiply_batch` multiplies. Axis letters: k splits, b sequences, p
+projections, d hidden, h heads, e head size, s parts of attention, n parameter tokens.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tokenformer.ops.decode import PLAIN, Attended, Launch, Matrix, Normed, Weighed, launch_options
+from tokenformer.ops.decode_batch_triton import join_attention as _join_attention
+from tokenformer.ops.decode_batch_triton import make_vectors as _make_vectors
+from tokenformer.ops.decode_batch_triton import product as _product
+from tokenformer.ops.decode_triton import LAYER_NORM, SCORES
+from tokenformer.ops.pattention import NORM_ACTIVATIONS, WeightKind
+
+_PROGRAMS = 132  # at least, where there is that much: the multiprocessors of a Hopper GPU
+_LARGEST_VECTOR_PIECE = 1024
+_GELU = WeightKind("gelu", 1.0)
+_JOINED_PIECE = 512
+_JOINING_WARPS = 4
+_MAKING_WARPS = 8
+
+
+class BatchTile(NamedTuple):
+    """How a product is laid out.
+
+    Attributes:
+        rows: of a program, 16 or more.
+        piece: columns that are multiplied at once.
+        pieces: of a program; the splits are as many as these take to cover all columns.
+        held: pieces that are in registers before the vectors are there; the others go through shared memory.
+        warps: of a program.
+        stages: of the way through shared memory.
+    """
+
+    rows: int
+    piece: int
+    pieces: int
+    held: int
+    warps: int = 4
+    stages: int = 4
+
+    def splits(self, columns: int) -> int:
+        """How many programs share a row."""
+        return -(-columns // (self.piece * self.pieces))
+
+
+def choose_batch_tile(rows: int, columns: int, *, is_split: bool = True) -> BatchTile:
+    """For a matrix [rows, columns]: of those tiles with which all multiprocessors have a program, the largest, in the
+    fewest splits; where it is not to be split, one that goes through its row in shared memory."""
+    piece = min(1 << max(4, (columns - 1).bit_length()), 128)
+    count = -(-columns // piece)
+    if not is_split:
+        return BatchTile(64, piece, count, min(count, 1))
+    for tile_rows in (64, 32, 16):
+        for pieces in (3, 2, 1):
+            tile = BatchTile(tile_rows, piece, min(pieces, count), min(pieces, count))
+            if -(-rows // tile_rows) * tile.splits(columns) >= _PROGRAMS:
+                return tile
+    return tile
+
+
+def terms_of(dtype: torch.dtype) -> int:
+    """Numbers of this type that a vector is stored in."""
+    return 1 if dtype == torch.float32 else 2
+
+
+def make_vectors(
+    parts: Tensor | None,
+    how: Normed | Weighed,
+    vectors: Tensor,
+    *,
+    stream: Tensor | None = None,
+    launch: Launch = PLAIN,
+) -> None:
+    """The vectors of a product.
+
+    Args:
+        parts: [k, b, p, n] float32, which add up to the scores, or to what comes to the residual stream; None for
+            nothing.
+        how: the vectors.
+        vectors: [b, terms, p, n] of the type that is multiplied, ``terms_of`` it; written.
+        stream: [b, 1, n] float32, the residual stream, where the vectors are its norm; the parts are added to it.
+        launch: how it is started.
+    """
+    b, terms, projections, size = vectors.shape
+    norm = how if isinstance(how, Normed) else Normed(0.0)
+    kind = how.kind if isinstance(how, Weighed) else _GELU
+    piece = min(1 << max(4, (size - 1).bit_length()), _LARGEST_VECTOR_PIECE)
+    while piece > 256 and size % piece and size % (piece // 2) == 0:
+        piece //= 2
+    _make_vectors[(b * projections,)](
+        stream if parts is None else parts,
+        parts if stream is None else stream,
+        norm.gain,
+        norm.shift,
+        vectors,
+        size,
+        projections,
+        norm.eps,
+        kind.tau**0.5,
+        kind.tau,
+        kind.norm_eps,
+        INPUT=(LAYER_NORM if isinstance(how, Normed) else SCORES).value,
+        KIND=NORM_ACTIVATIONS.index(kind.norm_activation),
+        TANH=kind.gelu_approximate == "tanh",
+        EXACT=vectors.dtype == torch.float32,
+        AFFINE=norm.gain is not None,
+        SPLITS=0 if parts is None else parts.shape[0],
+        TERMS=terms,
+        PIECE=piece,
+        PIECES=-(-size // piece),
+        HOPPER=launch.hopper,
+        **launch_options(_MAKING_WARPS, launch),
+    )
+
+
+def join_attention(parts: Tensor, attended: Attended, vectors: Tensor, *, launch: Launch = PLAIN) -> None:
+    """The vectors [b, terms, 1, d] of a product, written, from the parts of attention [b, s, h, e] float32."""
+    b, splits, heads, head_size = parts.shape
+    size = heads * head_size
+    _join_attention[(b, -(-size // _JOINED_PIECE))](
+        parts,
+        attended.statistics,
+        vectors,
+        size,
+        head_size,
+        SPLITS=splits,
+        TERMS=vectors.shape[1],
+        PIECE=_JOINED_PIECE,
+        HOPPER=launch.hopper,
+        **launch_options(_JOINING_WARPS, launch),
+    )
+
+
+def multiply_batch(
+    vectors: Tensor,
+    matrix: Matrix,
+    out: Tensor,
+    *,
+    alpha: float = 1.0,
+    launch: Launch = PLAIN,
+    tile: BatchTile,
+) -> None:
+    """``alpha * scale * (weight @ vector) + bias`` into ``out`` [k, b, p, rows] float32, of which it is the sum over k.
+
+    Args:
+        vectors: [b, terms, p or 1, columns] as :func:`make_vectors` leaves them, of the type that is multiplied.
+        matrix: the weight.
+        out: contiguous, k the splits of ``tile``.
+        alpha: factor of the product.
+        launch: how it is started.
+        tile: how it is laid out.
+    """
+    projections, rows, columns = matrix.weight.shape
+    b, terms, own_projections, _ = vectors.shape
+    _product[(projections * -(-rows // tile.rows), out.shape[0])](
+        vectors,
+        matrix.weight,
+        matrix.scale,
+        matrix.bias,
+        out,
+        rows,
+        columns,
+        own_projections * columns,
+        columns if own_projections > 1 else 0,
+        b,
+        alpha,
+        matrix.weight if launch.coming is None else launch.coming,
+        0 if launch.coming is None else launch.coming.nbytes,
+        SCALED=matrix.scale is not None,
+        BIASED=matrix.bias is not None,
+        TERMS=terms,
+        ROWS=tile.rows,
+        WIDTH=max(16, 1 << (b * terms - 1).bit_length()),
+        PIECE=tile.piece,
+        PIECES=tile.pieces,
+        HELD=tile.held,
+        STAGES=tile.stages,
+        THREADS=32 * tile.warps,
+        HOPPER=launch.hopper,
+        **launch_options(tile.warps, launch),
+    )

@@ -1,0 +1,132 @@
+"""The kernels of one token of a few sequences, against plain operations in float64: by Triton's interpreter, which has
+no bfloat16, or on a GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tokenformer.ops.pattention import NORM_ACTIVATIONS, WeightKind, pattention_reference
+
+pytest.importorskip("triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ON_GPU = pytest.param(
+    torch.bfloat16, marks=[pytest.mark.gpu, pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")]
+)
+DTYPES = [torch.float32, torch.float16, ON_GPU]
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def assert_close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    """The largest error, in units of the largest entry. For weights of fewer bits than float32 GELU is a fit."""
+    tolerance = {torch.float32: 3e-6, torch.float16: 1e-4, torch.bfloat16: 1e-4}[dtype]
+    assert torch.isfinite(found).all()
+    error = (found.double() - expected).abs().max()
+    assert error <= tolerance * expected.abs().max(), f"error {error:.3g}"
+
+
+def vectors_for(batch: int, projections: int, size: int, dtype: torch.dtype) -> Tensor:
+    from tokenformer.ops.decode_batch import terms_of
+
+    return torch.full((batch, terms_of(dtype), projections, size), torch.nan, dtype=dtype, device=DEVICE)
+
+
+def product(vectors: Tensor, matrix: Any, tile: Any, **options: Any) -> Tensor:
+    """The parts [k, b, p, rows] of a product."""
+    from tokenformer.ops.decode_batch import multiply_batch
+
+    projections, rows, columns = matrix.weight.shape
+    shape = tile.splits(columns), vectors.shape[0], projections, rows
+    out = torch.full(shape, torch.nan, device=DEVICE)
+    multiply_batch(vectors, matrix, out, tile=tile, **options)
+    return out
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("norm_activation", NORM_ACTIVATIONS)
+@pytest.mark.parametrize(
+    ("batch", "d", "n", "approximate", "eps"),
+    [(2, 48, 72, "none", 0.0), (3, 20, 33, "tanh", 1e-2), (16, 50, 20, "none", 0.0)],
+)
+def test_pattention_of_normed_rows(
+    norm_activation: str, batch: int, d: int, n: int, approximate: str, eps: float, dtype: torch.dtype
+) -> None:
+    from tokenformer.ops.decode import Matrix, Normed, Weighed
+    from tokenformer.ops.decode_batch import BatchTile, make_vectors
+
+    kind = WeightKind(norm_activation, 0.7 * n, approximate, eps)
+    x, before = random(batch, 1, d), random(2, batch, 1, d, seed=4)
+    keys, values = random(3, n, d, seed=1).to(dtype), random(3, n, d, seed=2).to(dtype)
+    normed, weights = vectors_for(batch, 1, d, dtype), vectors_for(batch, 3, n, dtype)
+    stream = x.clone()
+    make_vectors(before, Normed(1e-5), normed, stream=stream)
+    scores = product(normed, Matrix(keys), BatchTile(16, 16, 1, 1))
+    assert scores.shape[0] > 1
+    make_vectors(scores, Weighed(kind), weights)
+    found = product(weights, Matrix(values.transpose(1, 2).contiguous()), BatchTile(32, 16, 3, 1)).sum(0)
+
+    x = x.double() + before.double().sum(0)
+    assert_close(stream, x, torch.float32)
+    x = F.layer_norm(x[:, 0], (d,), eps=1e-5)
+    expected = [
+        pattention_reference(x, [k.double()], [v.double()], kind) for k, v in zip(keys, values, strict=True)
+    ]
+    assert_close(found, torch.stack(expected, dim=1), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("is_split", [True, False])
+def test_a_matrix_of_8_bits_with_norm_bias_and_factor(is_split: bool, dtype: torch.dtype) -> None:
+    from tokenformer.ops.decode import Matrix, Normed
+    from tokenformer.ops.decode_batch import choose_batch_tile, make_vectors
+
+    x, gain, shift = random(3, 1, 140), random(140, seed=3), random(140, seed=4)
+    weight = torch.arange(36 * 140, device=DEVICE).mul(37).remainder(256).sub(128).view(1, 36, 140)
+    scale, bias = random(1, 36, seed=1), random(1, 36, seed=2)
+    vectors = vectors_for(3, 1, 140, dtype)
+    make_vectors(None, Normed(1e-3, gain, shift), vectors, stream=x.clone())
+    tile = choose_batch_tile(36, 140, is_split=is_split)
+    parts = product(vectors, Matrix(weight.to(torch.int8), scale, bias), tile, alpha=0.5)
+    assert parts.shape[0] == (2 if is_split else 1)
+    x = F.layer_norm(x[:, 0].double(), (140,), gain.double(), shift.double(), eps=1e-3)
+    expected = 0.5 * x @ (scale[0, :, None] * weight[0]).double().t() + bias.double()
+    assert_close(parts.sum(0)[:, 0], expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_in_parts_is_put_together(dtype: torch.dtype) -> None:
+    from tokenformer.ops.decode import Attended
+    from tokenformer.ops.decode_batch import join_attention
+
+    parts, statistics = random(3, 2, 3, 12), random(3, 2, 3, seed=1)
+    statistics[1, 1] = -torch.inf  # a part without a token
+    vectors = vectors_for(3, 1, 36, dtype)
+    join_attention(parts, Attended(statistics), vectors)
+    whole = (parts.double() * statistics.double().softmax(dim=1)[..., None]).sum(1).flatten(1)
+    assert_close(vectors.double().sum(1)[:, 0], whole, torch.float32)
+
+
+def test_a_zero_row_of_scores_has_weights_zero() -> None:
+    from tokenformer.ops.decode import Weighed
+    from tokenformer.ops.decode_batch import make_vectors
+
+    vectors = vectors_for(2, 1, 8, torch.float16)
+    make_vectors(torch.zeros(3, 2, 1, 8, device=DEVICE), Weighed(WeightKind("l2_norm_gelu", 8.0)), vectors)
+    assert not vectors.any()
+
+
+def test_tiles_keep_all_multiprocessors_at_work() -> None:
+    from tokenformer.ops.decode_batch import choose_batch_tile
+
+    for rows, columns in ((768, 768), (3 * 768, 768), (1536, 6144), (6144, 1536), (4608, 1536)):
+        tile = choose_batch_tile(rows, columns)
+        assert -(-rows // tile.rows) * tile.splits(columns) >= 132
+        assert tile.rows * tile.piece * tile.held <= 24576
