@@ -94,10 +94,13 @@ def test_attention_over_a_cache(used: int, starts: tuple[int, int], rotary: int)
     keys, values = random(b, h, capacity, e, seed=1), random(b, h, capacity, e, seed=2)
     keys[:, :, used:], values[:, :, used:] = torch.nan, torch.nan  # never looked at
     qkv = random(b, 3, h * e)
+    apart = torch.stack((qkv - 1, torch.full_like(qkv, 0.25), torch.full_like(qkv, 0.75)))  # parts of the sum
     first = torch.tensor(starts, device=DEVICE)
     parts = torch.full((b, splits, h, e), torch.nan, device=DEVICE)
     statistics = torch.full((b, splits, h), torch.nan, device=DEVICE)
     length, positions = torch.tensor([used], device=DEVICE), used - first
+    whole = torch.full((b, 2, 1, h * e), torch.nan, dtype=torch.float16, device=DEVICE)
+    attention(apart, (keys.clone(), values.clone()), (cos, sin), length, first, positions, whole, None)
     before = keys.clone(), values.clone()
     attention(qkv[None], (keys, values), (cos, sin), length, first, positions, parts, statistics)
     out, identity = torch.empty(b, 1, h * e, device=DEVICE), torch.eye(h * e, device=DEVICE)[None]
@@ -115,7 +118,9 @@ def test_attention_over_a_cache(used: int, starts: tuple[int, int], rotary: int)
     seen = (torch.arange(used + 1, device=DEVICE) >= first[:, None])[:, None, None]
     k, v = keys[:, :, : used + 1].double(), values[:, :, : used + 1].double()
     expected = F.scaled_dot_product_attention(q.double(), k, v, attn_mask=seen)
-    assert_close(out[:, 0], expected.transpose(1, 2).flatten(1))
+    expected = expected.transpose(1, 2).flatten(1)
+    assert_close(out[:, 0], expected)
+    assert_close(whole[:, :, 0].float().sum(1), expected)
 
 
 def test_embedding_rows() -> None:

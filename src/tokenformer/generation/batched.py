@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 _LARGEST_BATCH = 32
 _DTYPES = (torch.bfloat16, torch.float16)
 _MOST_ATTENTION_SPLITS = 8
+_MOST_QKV_SPLITS = 4  # each program of attention adds them up
 _ATTENTION_PROGRAMS = 264  # two for each multiprocessor of a Hopper GPU
 _PAUSES = 2  # a product, and the vectors of the next
 
@@ -76,13 +77,13 @@ class BatchedStep:
         self._attended = _floats(device, b, splits, heads, d // heads)
         self._statistics = _floats(device, b, splits, heads)
         first = products.layers[0]  # all are of one form
-        self._qkv, self._proj, self._ffn = map(self._plan, (first.qkv, first.proj, first.ffn))
-        self._head = self._plan([Product(None, products.head)], is_split=False)
+        self._qkv = self._plan(first.qkv, _MOST_QKV_SPLITS)
+        self._proj, self._ffn = self._plan(first.proj), self._plan(first.ffn)
+        self._head = self._plan([Product(None, products.head)], most_splits=1)
 
     def __call__(self, tokens: Tensor, state: StaticDecoderState) -> Tensor:
         """``tokens`` [b, 1] to logits [b, v] float32, in memory that the next call overwrites."""
-        from tokenformer.ops.decode import Attended, attention, look_up
-        from tokenformer.ops.decode_batch import join_attention
+        from tokenformer.ops.decode import look_up
 
         products = self._products
         launches = iter(self._launches)
@@ -90,19 +91,8 @@ class BatchedStep:
         added: Tensor | None = None  # what is to be added to the residual stream
         for number, layer in enumerate(products.layers):
             qkv = self._multiply(layer.qkv, self._qkv, launches, self._normed(layer.attention_norm, added))
-            attention(
-                qkv,
-                (state.keys[number], state.values[number]),
-                self._angles,
-                state.length,
-                state.starts,
-                state.positions,
-                self._attended,
-                self._statistics,
-                launch=next(launches),
-            )
-            join_attention(self._attended, Attended(self._statistics), self._vectors, launch=self._launch)
-            added = self._multiply(layer.proj, self._proj, launches, self._vectors)
+            attended = self._attend(number, qkv, state, next(launches))
+            added = self._multiply(layer.proj, self._proj, launches, attended)
             normed = self._normed(layer.ffn_norm, added)
             added = self._multiply(layer.ffn, self._ffn, launches, normed)
         normed = self._normed(products.norm, added)
@@ -116,6 +106,27 @@ class BatchedStep:
         from tokenformer.ops.decode_batch import make_vectors
 
         make_vectors(added, norm, self._vectors, stream=self._x, launch=self._launch)
+        return self._vectors
+
+    def _attend(self, layer: int, qkv: Tensor, state: StaticDecoderState, launch: Launch) -> Tensor:
+        """Attention of queries, keys and values [k, b, 3, d] over the cache of a layer."""
+        from tokenformer.ops.decode import Attended, attention
+        from tokenformer.ops.decode_batch import join_attention
+
+        is_whole = self._attended.shape[1] == 1
+        attention(
+            qkv,
+            (state.keys[layer], state.values[layer]),
+            self._angles,
+            state.length,
+            state.starts,
+            state.positions,
+            self._vectors if is_whole else self._attended,
+            None if is_whole else self._statistics,
+            launch=launch,
+        )
+        if not is_whole:
+            join_attention(self._attended, Attended(self._statistics), self._vectors, launch=self._launch)
         return self._vectors
 
     def _multiply(
@@ -134,23 +145,17 @@ class BatchedStep:
             if product.how is not None and plan.vectors is not None:
                 make_vectors(plans[number - 1].parts, product.how, plan.vectors, launch=self._launch)
                 vectors = plan.vectors
-            multiply_batch(
-                vectors,
-                product.matrix,
-                plan.parts,
-                alpha=alpha,
-                launch=next(launches),
-                tile=plan.tile,
-            )
+            launch = next(launches)
+            multiply_batch(vectors, product.matrix, plan.parts, alpha=alpha, launch=launch, tile=plan.tile)
         return plan.parts
 
-    def _plan(self, products: Sequence[Product], is_split: bool = True) -> list[_Plan]:
+    def _plan(self, products: Sequence[Product], most_splits: int = 16) -> list[_Plan]:
         from tokenformer.ops.decode_batch import choose_batch_tile, terms_of
 
         plans = []
         for product in products:
             projections, rows, columns = product.matrix.weight.shape
-            tile = choose_batch_tile(projections * rows, columns, is_split=is_split)
+            tile = choose_batch_tile(projections * rows, columns, most_splits)
             vectors = None
             if product.how is not None:
                 shape = self._batch, terms_of(self._dtype), projections, columns

@@ -164,11 +164,11 @@ def attention(
     starts: Tensor,
     positions: Tensor,
     out: Tensor,
-    statistics: Tensor,
+    statistics: Tensor | None,
     *,
     launch: Launch = PLAIN,
 ) -> None:
-    """Attention of one token over the cache, in parts that :class:`Attended` puts together.
+    """Attention of one token over the cache, in parts that :class:`Attended` puts together, or whole.
 
     Args:
         qkv: [k, b, 3, d] float32, k parts whose sum it is, before rotary.
@@ -177,12 +177,12 @@ def attention(
         lengths: [1] integers, tokens in the cache.
         starts: [b] integers, the first of them that is no padding.
         positions: [b] integers, of this token.
-        out: [b, s, h, e] float32.
+        out: [b, s, h, e] float32; without statistics [b, terms, 1, d], the terms of the vectors.
         statistics: [b, s, h] float32.
         launch: how it is started.
     """
     batch, heads, capacity, head_size = cache[0].shape
-    attend[(heads, out.shape[1], batch)](
+    attend[(heads, 1 if statistics is None else out.shape[1], batch)](
         qkv,
         *cache,
         *angles,
@@ -190,13 +190,14 @@ def attention(
         starts,
         positions,
         out,
-        statistics,
+        out if statistics is None else statistics,
         capacity,
         head_size,
         head_size**-0.5,
         qkv if launch.coming is None else launch.coming,
         0 if launch.coming is None else launch.coming.nbytes,
         PARTS=qkv.shape[0],
+        TERMS=out.shape[1] if statistics is None else 0,
         ROTARY=angles[0].shape[-1],
         FEATURES=max(16, 1 << (head_size - 1).bit_length()),
         BLOCK=KEYS_A_BLOCK,

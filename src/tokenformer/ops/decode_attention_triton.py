@@ -10,6 +10,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from tokenformer.ops.decode_triton import _prefetch
+from tokenformer.ops.decode_vectors_triton import term_of
 
 
 @triton.jit
@@ -74,6 +75,7 @@ def attend(
     coming,
     coming_bytes,
     PARTS: tl.constexpr,
+    TERMS: tl.constexpr,
     ROTARY: tl.constexpr,
     FEATURES: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -85,7 +87,8 @@ def attend(
     ``qkv`` [PARTS, b, 3, h, e] float32, parts of a sum, before rotary; the first split also writes this token's key and
     value into the cache. ``lengths`` [1], the tokens in the cache; ``starts`` [b], the first that is no padding;
     ``positions`` [b], of this token. Written: ``out`` [b, s, h, e], the attention over each part; ``statistics``
-    [b, s, h]: the logarithm of the sum of its exponentials. ``coming`` as in :func:`gemv`.
+    [b, s, h]: the logarithm of the sum of its exponentials. With TERMS > 0, for one part, ``out`` is
+    [b, TERMS, h, e], the terms of the attention, and there are no statistics. ``coming`` as in :func:`gemv`.
 
     What the kernels right before do not write is loaded before they have ended, past the first-level cache.
     """
@@ -133,5 +136,10 @@ def attend(
         there = block + tl.arange(0, BLOCK) < length
         largest, share, total = _with_block(keys, values, query, there, largest, share, total)
         block += splits * BLOCK
-    tl.store(out + part * head_size + feature, total / tl.maximum(share, 1e-30), mask=inside)
-    tl.store(statistics + part, largest + tl.log(tl.maximum(share, 1e-30)))  # -inf without a token
+    total = total / tl.maximum(share, 1e-30)
+    if TERMS == 0:
+        tl.store(out + part * head_size + feature, total, mask=inside)
+        tl.store(statistics + part, largest + tl.log(tl.maximum(share, 1e-30)))  # -inf without a token
+    for term in tl.static_range(TERMS):
+        at = ((b * TERMS + term) * heads + head) * head_size
+        tl.store(out + at + feature, term_of(total, term, out.dtype.element_ty, TERMS), mask=inside)

@@ -51,16 +51,15 @@ class BatchTile(NamedTuple):
         return -(-columns // (self.piece * self.pieces))
 
 
-def choose_batch_tile(rows: int, columns: int, *, is_split: bool = True) -> BatchTile:
-    """For a matrix [rows, columns]: of those tiles with which all multiprocessors have a program, the largest, in the
-    fewest splits; where it is not to be split, one that goes through its row in shared memory."""
+def choose_batch_tile(rows: int, columns: int, most_splits: int = 16) -> BatchTile:
+    """For a matrix [rows, columns]: of those tiles with which all multiprocessors have a program, the one of the most
+    rows and columns. More pieces than can be held, for want of splits, go through shared memory."""
     piece = min(1 << max(4, (columns - 1).bit_length()), 128)
     count = -(-columns // piece)
-    if not is_split:
-        return BatchTile(64, piece, count, min(count, 1))
     for tile_rows in (64, 32, 16):
-        for pieces in (3, 2, 1):
-            tile = BatchTile(tile_rows, piece, min(pieces, count), min(pieces, count))
+        for held in (3, 2, 1):
+            pieces = min(max(held, -(-count // most_splits)), count)
+            tile = BatchTile(tile_rows, piece, pieces, pieces if pieces <= held else 1)
             if -(-rows // tile_rows) * tile.splits(columns) >= _PROGRAMS:
                 return tile
     return tile

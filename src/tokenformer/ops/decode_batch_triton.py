@@ -19,17 +19,13 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from tokenformer.ops.decode_triton import LAYER_NORM, SCORES, _prefetch, _wide
-from tokenformer.ops.decode_vectors_triton import _joined_attention, _layer_norm, _pattention_weights
+from tokenformer.ops.decode_vectors_triton import (
+    _joined_attention,
+    _layer_norm,
+    _pattention_weights,
+    term_of,
+)
 from tokenformer.ops.pattention_triton_math import GELU, GELU_L2_NORM, SOFTMAX, before_statistics
-
-
-@triton.jit
-def _term(whole, term, dtype: tl.constexpr, TERMS: tl.constexpr):
-    """Number ``term`` of the TERMS that add up to ``whole``, float32."""
-    number = whole.to(dtype)
-    if TERMS > 1:
-        number = tl.where(term == 0, number, (whole - number.to(tl.float32)).to(dtype))
-    return number
 
 
 @triton.jit
@@ -94,7 +90,7 @@ def make_vectors(
         at = i * PIECE + column
         for term in tl.static_range(TERMS):
             target = ((b * TERMS + term) * projections + vector % projections) * size
-            number = _term(totals[i], term, vectors.dtype.element_ty, TERMS)
+            number = term_of(totals[i], term, vectors.dtype.element_ty, TERMS)
             tl.store(vectors + target + at, number, mask=at < size)
 
 
@@ -119,7 +115,7 @@ def join_attention(
     column = tl.program_id(1) * PIECE + tl.arange(0, PIECE)
     whole = _joined_attention(parts, statistics, b, column, size, head_size, SPLITS)
     for term in tl.static_range(TERMS):
-        number = _term(whole, term, vectors.dtype.element_ty, TERMS)
+        number = term_of(whole, term, vectors.dtype.element_ty, TERMS)
         tl.store(vectors + (b * TERMS + term) * size + column, number, mask=column < size)
 
 

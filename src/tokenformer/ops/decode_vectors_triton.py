@@ -100,3 +100,12 @@ def _joined_attention(source, statistics, b, column, columns, head_size, SPLITS:
         total += weight * tl.load(source + (b * SPLITS + s) * columns + column, mask=inside, other=0.0)
         share += weight
     return total / share
+
+
+@triton.jit
+def term_of(whole, term, dtype: tl.constexpr, TERMS: tl.constexpr):
+    """Number ``term`` of the TERMS that add up to ``whole``, float32."""
+    number = whole.to(dtype)
+    if TERMS > 1:
+        number = tl.where(term == 0, number, (whole - number.to(tl.float32)).to(dtype))
+    return number
