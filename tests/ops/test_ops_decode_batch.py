@@ -26,11 +26,19 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 def assert_close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
-    """The largest error, in units of the largest entry. For weights of fewer bits than float32 GELU is a fit."""
-    tolerance = {torch.float32: 3e-6, torch.float16: 1e-4, torch.bfloat16: 1e-4}[dtype]
+    """The largest error, in units of the largest entry. For weights of fewer bits than float32 GELU is a fit, and on a
+    GPU made of an instruction with an error of 2^-11."""
+    tolerance = 3e-6 if dtype == torch.float32 else 1e-4 if DEVICE == "cpu" else 1e-3
     assert torch.isfinite(found).all()
     error = (found.double() - expected).abs().max()
     assert error <= tolerance * expected.abs().max(), f"error {error:.3g}"
+
+
+def early() -> Any:
+    """How kernels of a token are started on this device."""
+    from tokenformer.ops.decode import Launch
+
+    return Launch(hopper=DEVICE == "cuda" and torch.cuda.get_device_capability() >= (9, 0))
 
 
 def vectors_for(batch: int, projections: int, size: int, dtype: torch.dtype) -> Tensor:
@@ -46,7 +54,7 @@ def product(vectors: Tensor, matrix: Any, tile: Any, **options: Any) -> Tensor:
     projections, rows, columns = matrix.weight.shape
     shape = tile.splits(columns), vectors.shape[0], projections, rows
     out = torch.full(shape, torch.nan, device=DEVICE)
-    multiply_batch(vectors, matrix, out, tile=tile, **options)
+    multiply_batch(vectors, matrix, out, tile=tile, launch=early(), **options)
     return out
 
 
@@ -67,10 +75,10 @@ def test_pattention_of_normed_rows(
     keys, values = random(3, n, d, seed=1).to(dtype), random(3, n, d, seed=2).to(dtype)
     normed, weights = vectors_for(batch, 1, d, dtype), vectors_for(batch, 3, n, dtype)
     stream = x.clone()
-    make_vectors(before, Normed(1e-5), normed, stream=stream)
+    make_vectors(before, Normed(1e-5), normed, stream=stream, launch=early())
     scores = product(normed, Matrix(keys), BatchTile(16, 16, 1, 1))
     assert scores.shape[0] > 1
-    make_vectors(scores, Weighed(kind), weights)
+    make_vectors(scores, Weighed(kind), weights, launch=early())
     found = product(weights, Matrix(values.transpose(1, 2).contiguous()), BatchTile(32, 16, 3, 1)).sum(0)
 
     x = x.double() + before.double().sum(0)
@@ -92,7 +100,7 @@ def test_a_matrix_of_8_bits_with_norm_bias_and_factor(most_splits: int, dtype: t
     weight = torch.arange(36 * 140, device=DEVICE).mul(37).remainder(256).sub(128).view(1, 36, 140)
     scale, bias = random(1, 36, seed=1), random(1, 36, seed=2)
     vectors = vectors_for(3, 1, 140, dtype)
-    make_vectors(None, Normed(1e-3, gain, shift), vectors, stream=x.clone())
+    make_vectors(None, Normed(1e-3, gain, shift), vectors, stream=x.clone(), launch=early())
     tile = choose_batch_tile(36, 140, most_splits)
     parts = product(vectors, Matrix(weight.to(torch.int8), scale, bias), tile, alpha=0.5)
     assert parts.shape[0] == (2 if most_splits > 1 else 1)
@@ -109,7 +117,7 @@ def test_attention_in_parts_is_put_together(dtype: torch.dtype) -> None:
     parts, statistics = random(3, 2, 3, 12), random(3, 2, 3, seed=1)
     statistics[1, 1] = -torch.inf  # a part without a token
     vectors = vectors_for(3, 1, 36, dtype)
-    join_attention(parts, Attended(statistics), vectors)
+    join_attention(parts, Attended(statistics), vectors, launch=early())
     whole = (parts.double() * statistics.double().softmax(dim=1)[..., None]).sum(1).flatten(1)
     assert_close(vectors.double().sum(1)[:, 0], whole, torch.float32)
 

@@ -6,9 +6,9 @@ sequences by matrix instructions. Its programs have a tile of the matrix each: s
 vectors, which adds in the order of the splits: results depend on no timing. That kernel has a program for each vector,
 and makes it once for all programs of the next product.
 
-A vector is stored as the sum of TERMS numbers of the type that is multiplied: with two in bfloat16, the second what the
-first leaves, products are as exact as in float32, and for up to 8 sequences they cost nothing, since
-tiles have 16 columns at least; with one its error is 2^-9, that of a plain model in bfloat16.
+A vector is stored as the sum of TERMS numbers of the type that is multiplied. With two in bfloat16, the second what the
+first leaves, its error is 2^-17, and up to 8 sequences cost no more, since a tile has 16 columns at least; with one it is
+2^-9, as in a plain model in bfloat16.
 
 Axis letters: k splits, b sequences, p projections, d hidden, h heads, e head size, s parts of attention.
 """
