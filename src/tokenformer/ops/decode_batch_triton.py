@@ -7,8 +7,8 @@ vectors, which adds in the order of the splits: results depend on no timing. Tha
 and makes it once for all programs of the next product.
 
 A vector is stored as the sum of TERMS numbers of the type that is multiplied. With two in bfloat16, the second what the
-first leaves, its error is 2^-17, and up to 8 sequences cost no more, since a tile has 16 columns at least; with one it is
-2^-9, as in a plain model in bfloat16.
+first leaves, its error is 2^-17, and up to 8 sequences cost no more, since a tile has 16 columns at least; with one it
+is 2^-9, as in a plain model in bfloat16.
 
 Axis letters: k splits, b sequences, p projections, d hidden, h heads, e head size, s parts of attention.
 """
