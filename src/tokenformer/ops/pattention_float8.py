@@ -209,9 +209,7 @@ def float8_backward(
             product(a, b, numbers[_GRAD], numbers[_WEIGHT], out=out)
         del grads_transposed, weights_transposed
     if scores is None:
-        scales = numbers[_KEY, :1].expand(x.shape[1]).contiguous()
-        key = transposed(key_transposed[None], scales[None], numbers[_KEY])[0]
-        scores = product(x, key, numbers[_KEY])
+        scores = product(x, transposed(key_transposed[None])[0], numbers[_KEY])
     score_grads = torch.empty(rows, projections * n, dtype=FLOAT8, device=x.device)
     score_grad_scales = torch.empty(rows, device=x.device)
     launch, numbers_of_kind, options = _layout(

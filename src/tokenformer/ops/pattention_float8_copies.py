@@ -10,7 +10,7 @@ from torch import Tensor
 
 FLOAT8 = torch.float8_e4m3fn
 _TILE = (128, 128)  # of a transposition
-_TILE_WARPS = 8
+_TILE_WARPS = 4
 _BLOCK = 4096  # of tokens
 
 
@@ -48,19 +48,23 @@ def rows_to_float8(tensors: Sequence[Tensor], largest_scale: Tensor) -> tuple[Te
     return quantized, scales
 
 
-def transposed(quantized: Tensor, scales: Tensor, largest_scale: Tensor) -> Tensor:
-    """[p, rows, features] with ``scales`` [p, rows] to [p, features, rows] with one for all."""
+def transposed(
+    quantized: Tensor, scales: Tensor | None = None, largest_scale: Tensor | None = None
+) -> Tensor:
+    """[p, rows, features] to [p, features, rows], from ``scales`` [p, rows] to one for all, or as they are; rows and
+    features are multiples of 16."""
     from tokenformer.ops.pattention_float8_copies_triton import transpose_rows
 
     p, rows, features = quantized.shape
     copy = torch.empty(p, features, rows, dtype=FLOAT8, device=quantized.device)
     transpose_rows[(*_tiles(rows, features), p)](
-        quantized,
+        quantized.view(torch.int32),
         scales,
         largest_scale,
         copy.view(torch.int32),
         rows,
         features,
+        SCALED=scales is not None,
         ROWS=_TILE[0],
         COLUMNS=_TILE[1],
         num_warps=_TILE_WARPS,
@@ -74,20 +78,17 @@ def tokens_to_float8(tokens: Tensor, numbers: Tensor, largest: int, scale: int) 
 
     n, features = tokens.shape
     quantized = torch.empty(n, features, dtype=FLOAT8, device=tokens.device)
-    scales = torch.empty(n, device=tokens.device)
     grid = (-(-tokens.numel() // _BLOCK),)
     find_largest[grid](tokens, numbers[largest], tokens.numel(), BLOCK=_BLOCK)
     quantize_tokens[grid](
         tokens,
         numbers[largest],
         numbers[scale],
-        scales,
         quantized,
-        n,
         tokens.numel(),
         BLOCK=_BLOCK,
     )
-    return quantized, transposed(quantized[None], scales[None], numbers[scale])[0]
+    return quantized, transposed(quantized[None])[0]
 
 
 def _tiles(rows: int, columns: int) -> tuple[int, int]:

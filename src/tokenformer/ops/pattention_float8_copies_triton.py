@@ -5,12 +5,10 @@ A scale is what numbers were divided by, a power of two; the largest number of i
 
 from __future__ import annotations
 
-import os
-
 import triton
 import triton.language as tl
 
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+from tokenformer.ops.pattention_float8_words_triton import columns_of, rescaled, rounded
 
 
 @triton.jit
@@ -28,54 +26,56 @@ def _raise_to(largest, value):
 
 
 @triton.jit
-def _rounded(value, FLOAT8: tl.constexpr):
-    """To the nearest float8. The interpreter loses a carry there (31.9 becomes 16), so it gets numbers of four bits."""
-    if INTERPRETED:
-        shifted = value * 1048577.0  # 2^20 + 1 (Veltkamp)
-        value = shifted - (shifted - value)
-    return value.to(FLOAT8)
-
-
-@triton.jit
 def quantize_rows(x, quantized, scales, largest_scale, features, BLOCK: tl.constexpr):
     """One row of [rows, features]; ``largest_scale`` becomes the largest of all."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     value = tl.load(x + row * features + column, mask=column < features, other=0.0).to(tl.float32)
     scale = _scale_of(tl.max(tl.abs(value), axis=0))
-    result = _rounded(value * (1 / scale), quantized.dtype.element_ty)
+    result = rounded(value * (1 / scale), quantized.dtype.element_ty)
     tl.store(quantized + row * features + column, result, mask=column < features)
     tl.store(scales + row, scale)
     _raise_to(largest_scale, scale)
 
 
 @triton.jit
-def _byte(value, place: tl.constexpr):
-    """A float8 as one of the four bytes of an integer. Four rows are transposed as one, in words."""
-    return value.to(tl.uint8, bitcast=True).to(tl.int32) << (8 * place)
-
-
-@triton.jit
 def transpose_rows(
-    quantized, scales, largest_scale, transposed, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    quantized,
+    scales,
+    largest_scale,
+    transposed,
+    rows,
+    columns,
+    SCALED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
-    """[p, rows, columns] with a scale for each row to [p, columns, rows / 4] words of four float8, with the largest
-    scale for all; rows are a multiple of 4."""
+    """[p, rows, columns / 4] words of float8 to [p, columns, rows / 4]; if ``SCALED``, from a scale for each row
+    [p, rows] to the largest for all. Rows and columns are multiples of 16, so that four words are inside or not."""
     matrix = tl.program_id(2).to(tl.int64)
-    first_row, first_column = tl.program_id(0).to(tl.int64) * ROWS, tl.program_id(1).to(tl.int64) * COLUMNS
-    word, column = tl.arange(0, ROWS // 4), tl.arange(0, COLUMNS)
-    here = first_row + 4 * word < rows
-    inside = here[:, None] & (first_column + column < columns)[None, :]
-    source = quantized + (matrix * rows + first_row) * columns + first_column
-    inverse = 1 / tl.load(largest_scale)
-    words = tl.zeros((ROWS // 4, COLUMNS), tl.int32)
-    for i in tl.static_range(4):
-        row = 4 * word + i
-        value = tl.load(source + (row[:, None] * columns + column[None, :]), mask=inside, other=0.0)
-        factor = tl.load(scales + matrix * rows + first_row + row, mask=here, other=1.0) * inverse
-        words |= _byte(_rounded(value.to(tl.float32) * factor[:, None], quantized.dtype.element_ty), i)
-    target = transposed + (matrix * columns + first_column) * (rows // 4) + first_row // 4
-    tl.store(target + (column[:, None] * (rows // 4) + word[None, :]), tl.trans(words), mask=tl.trans(inside))
+    first_row, first_column = tl.program_id(0) * ROWS, tl.program_id(1) * COLUMNS
+    four, word = tl.arange(0, ROWS // 4), tl.arange(0, COLUMNS // 4)  # rows, a word of a row
+    here = first_row + four // 4 * 16 < rows
+    inside = here[:, None] & (first_column + word // 4 * 16 < columns)[None, :]
+    step = columns // 4
+    source = quantized + ((matrix * rows + first_row) * columns + first_column) // 4
+    source += four[:, None] * columns + word[None, :]
+    a = tl.load(source, mask=inside, other=0)
+    b = tl.load(source + step, mask=inside, other=0)
+    c = tl.load(source + 2 * step, mask=inside, other=0)
+    d = tl.load(source + 3 * step, mask=inside, other=0)
+    if SCALED:
+        inverse = 1 / tl.load(largest_scale)
+        scale = scales + matrix * rows + first_row + 4 * four
+        a = rescaled(a, (tl.load(scale, mask=here, other=0.0) * inverse)[:, None])
+        b = rescaled(b, (tl.load(scale + 1, mask=here, other=0.0) * inverse)[:, None])
+        c = rescaled(c, (tl.load(scale + 2, mask=here, other=0.0) * inverse)[:, None])
+        d = rescaled(d, (tl.load(scale + 3, mask=here, other=0.0) * inverse)[:, None])
+    column = tl.arange(0, COLUMNS)
+    target = transposed + ((matrix * columns + first_column) * rows + first_row) // 4
+    target += column[:, None] * (rows // 4) + four[None, :]
+    inside = (first_column + column < columns)[:, None] & here[None, :]
+    tl.store(target, tl.trans(columns_of(a, b, c, d)), mask=inside)
 
 
 @triton.jit
@@ -87,8 +87,8 @@ def find_largest(x, largest, count, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def quantize_tokens(tokens, largest, scale_of_all, scales, quantized, n, count, BLOCK: tl.constexpr):
-    """``count`` numbers of n rows in float8 with one scale, which ``scales`` [n] repeats for :func:`transpose_rows`.
+def quantize_tokens(tokens, largest, scale_of_all, quantized, count, BLOCK: tl.constexpr):
+    """``count`` numbers in float8 with one scale.
 
     Only one thing is done with a rounded number: a kernel that stored it and also put it into a word of the transposed
     copy gave wrong bytes there on an H100, though the interpreter's were right.
@@ -96,7 +96,6 @@ def quantize_tokens(tokens, largest, scale_of_all, scales, quantized, n, count, 
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     scale = _scale_of(tl.load(largest))
     value = tl.load(tokens + index, mask=index < count, other=0.0).to(tl.float32)
-    result = _rounded(value * (1 / scale), quantized.dtype.element_ty)
+    result = rounded(value * (1 / scale), quantized.dtype.element_ty)
     tl.store(quantized + index, result, mask=index < count)
-    tl.store(scales + index, tl.full((BLOCK,), 1.0, tl.float32) * scale, mask=index < n)
     tl.store(scale_of_all, scale)
