@@ -39,7 +39,7 @@ def assert_same_bytes(found: Tensor, expected: Tensor) -> None:
 
 COPIES = [(16, 16), (48, 32), (240, 48), (128, 128), (144, 272)]
 if DEVICE == "cuda":
-    COPIES += [(384, 256), (1152, 256), (1000, 784), (4096, 1024)]
+    COPIES += [(384, 256), (1152, 256), (1000, 784), (4096, 1024), (2064, 4112)]
 
 
 @pytest.mark.parametrize(("rows", "features"), COPIES)

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 FLOAT8 = torch.float8_e4m3fn
-_TILE = (128, 128)  # of a transposition
+_TILE = (128, 128)  # of a transposition: 16 bytes for each of 8 threads, both ways
+_SMALL_TILE = (128, 64)
+_FEW_TILES = 512  # fewer leave multiprocessors without enough to wait for
 _TILE_WARPS = 4
 _BLOCK = 4096  # of tokens
 
@@ -57,7 +59,8 @@ def transposed(
 
     p, rows, features = quantized.shape
     copy = torch.empty(p, features, rows, dtype=FLOAT8, device=quantized.device)
-    transpose_rows[(*_tiles(rows, features), p)](
+    tile = _TILE if p * -(-rows // _TILE[0]) * -(-features // _TILE[1]) >= _FEW_TILES else _SMALL_TILE
+    transpose_rows[(-(-rows // tile[0]), -(-features // tile[1]), p)](
         quantized.view(torch.int32),
         scales,
         largest_scale,
@@ -65,8 +68,8 @@ def transposed(
         rows,
         features,
         SCALED=scales is not None,
-        ROWS=_TILE[0],
-        COLUMNS=_TILE[1],
+        ROWS=tile[0],
+        COLUMNS=tile[1],
         num_warps=_TILE_WARPS,
     )
     return copy
@@ -89,7 +92,3 @@ def tokens_to_float8(tokens: Tensor, numbers: Tensor, largest: int, scale: int) 
         BLOCK=_BLOCK,
     )
     return quantized, transposed(quantized[None])[0]
-
-
-def _tiles(rows: int, columns: int) -> tuple[int, int]:
-    return -(-rows // _TILE[0]), -(-columns // _TILE[1])
