@@ -27,6 +27,25 @@ mov.b32 $0, {low, high};
 }
 """)
 
+_ROUND = tl.constexpr("""
+{
+.reg .b16 low, high;
+.reg .b32 first, second, a, b, c, d;
+mov.b64 {first, second}, $1;
+shl.b32 a, first, 16;
+and.b32 b, first, 0xffff0000;
+shl.b32 c, second, 16;
+and.b32 d, second, 0xffff0000;
+mul.f32 a, a, $2;
+mul.f32 b, b, $2;
+mul.f32 c, c, $2;
+mul.f32 d, d, $2;
+cvt.rn.satfinite.e4m3x2.f32 low, b, a;
+cvt.rn.satfinite.e4m3x2.f32 high, d, c;
+mov.b32 $0, {low, high};
+}
+""")
+
 
 @triton.jit
 def rounded(value, FLOAT8: tl.constexpr):
@@ -51,6 +70,20 @@ def rescaled(word, factor):
         return result
     twice = factor.to(tl.uint16, bitcast=True).to(tl.int32) * 0x10001
     return tl.inline_asm_elementwise(_RESCALE, "=r,r,r", [word, twice], tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
+def four_rounded(four, factor):
+    """Words of 64 bits that hold four bfloat16, times ``factor``, as words of four float8."""
+    if INTERPRETED:
+        result = tl.zeros_like(four).to(tl.int32)
+        for place in tl.static_range(4):
+            value = ((four >> (16 * place)) & 65535).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+            product = rounded(value.to(tl.float32) * factor, tl.float8e4nv)
+            result |= product.to(tl.uint8, bitcast=True).to(tl.int32) << (8 * place)
+        return result
+    bits = factor.to(tl.int32, bitcast=True)
+    return tl.inline_asm_elementwise(_ROUND, "=r,l,r", [four, bits], tl.int32, is_pure=True, pack=1)
 
 
 @triton.jit
