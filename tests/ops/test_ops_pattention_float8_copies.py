@@ -78,3 +78,19 @@ def test_copies_are_those_of_torch(rows: int, features: int) -> None:
         for found, matrix, rows_scales in zip(copies, narrow, of_rows, strict=True):
             wanted = matrix.double() * rows_scales[:, None].double()
             assert_same_bytes(found, expected_bytes(wanted, of_all[0].double()).t())
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_rows_of_several_tensors(count: int) -> None:
+    """More than one launch takes, too; one whose rows lie apart; a row of zeros."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(48, 80, generator=generator).to(DEVICE, torch.bfloat16) for _ in range(count)]
+    tensors[-1] = tensors[-1].t().contiguous().t() * 2**count
+    tensors[0][7] = 0
+    largest = torch.zeros(4, device=DEVICE)
+    quantized, scales = rows_to_float8(tensors, largest)
+    for tensor, narrow, of_rows in zip(tensors, quantized, scales, strict=True):
+        exact = scale_of(tensor.abs().amax(1).float().clamp(min=1e-30))
+        assert torch.equal(of_rows.double(), exact)
+        assert_same_bytes(narrow, expected_bytes(tensor, exact[:, None]))
+    assert largest[0] == scales.max()

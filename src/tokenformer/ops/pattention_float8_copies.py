@@ -44,9 +44,16 @@ def rows_to_float8(tensors: Sequence[Tensor], largest_scale: Tensor) -> tuple[Te
     quantized = torch.empty(len(tensors), rows, features, dtype=FLOAT8, device=tensors[0].device)
     scales = torch.empty(len(tensors), rows, device=tensors[0].device)
     block = 1 << (features - 1).bit_length()
-    for tensor, place, of_rows in zip(tensors, quantized, scales, strict=True):
-        quantize_rows[(rows,)](
-            tensor.contiguous(), place, of_rows, largest_scale, features, BLOCK=block, num_warps=4
+    for start in range(0, len(tensors), 3):
+        some = [tensor.contiguous() for tensor in tensors[start : start + 3]]
+        quantize_rows[(rows, len(some))](
+            *(some + 2 * some[:1])[:3],
+            quantized[start:],
+            scales[start:],
+            largest_scale,
+            features,
+            BLOCK=block,
+            num_warps=max(1, min(8, block // 2048)),  # so that few wait for each other
         )
     return quantized, scales
 

@@ -26,15 +26,18 @@ def _raise_to(largest, value):
 
 
 @triton.jit
-def quantize_rows(x, quantized, scales, largest_scale, features, BLOCK: tl.constexpr):
-    """One row of [rows, features]; ``largest_scale`` becomes the largest of all."""
-    row = tl.program_id(0).to(tl.int64)
+def quantize_rows(first, second, third, quantized, scales, largest_scale, features, BLOCK: tl.constexpr):
+    """One row of up to three tensors [rows, features], to [tensors, rows, features]; ``largest_scale`` becomes the
+    largest of all. The grid is (rows, tensors)."""
+    tensor, row = tl.program_id(1), tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
+    x = tl.where(tensor == 0, first, tl.where(tensor == 1, second, third))
     value = tl.load(x + row * features + column, mask=column < features, other=0.0).to(tl.float32)
     scale = _scale_of(tl.max(tl.abs(value), axis=0))
     result = rounded(value * (1 / scale), quantized.dtype.element_ty)
-    tl.store(quantized + row * features + column, result, mask=column < features)
-    tl.store(scales + row, scale)
+    place = tensor.to(tl.int64) * tl.num_programs(0) + row
+    tl.store(quantized + place * features + column, result, mask=column < features)
+    tl.store(scales + place, scale)
     _raise_to(largest_scale, scale)
 
 
