@@ -23,6 +23,7 @@ from tokenformer.ops.pattention import (
 )
 from tokenformer.ops.pattention_float8_copies import (
     FLOAT8,
+    both_transposed,
     product,
     rows_to_float8,
     tokens_to_float8,
@@ -33,8 +34,8 @@ from tokenformer.ops.token_groups import gradients_of_groups, one_matrix
 _MULTIPLE = 16  # of every size of a product
 _LONGEST_ROW = 16384
 _MOST_EACH = 24  # scores that a thread holds
-_KEY_LARGEST, _VALUE_LARGEST, _KEY, _VALUE, _X, _WEIGHT, _SCORE_GRAD, _GRAD = range(8)
-"""Rows of the table of numbers that are of a whole tensor: largest entries, then scales."""
+_KEY, _VALUE, _X, _WEIGHT, _SCORE_GRAD, _GRAD = range(2, 8)
+"""Rows of the table of numbers that are of a whole tensor: scales; the first two are the tokens' largest entries."""
 
 
 def has_float8(device: torch.device) -> bool:
@@ -141,8 +142,7 @@ def float8_forward(
 
     rows, n = x.shape[0], key.shape[0] // projections
     numbers = torch.zeros(8, 4, device=x.device)  # rows of 16 bytes
-    key, key_transposed = tokens_to_float8(key, numbers, _KEY_LARGEST, _KEY)
-    value, value_transposed = tokens_to_float8(value, numbers, _VALUE_LARGEST, _VALUE)
+    key, key_transposed, value, value_transposed = tokens_to_float8(key, value, numbers[:_X])
     quantized, input_scales = rows_to_float8([x], numbers[_X])
     scores = product(quantized[0], key, numbers[_KEY]).view(-1, n)
     weights = torch.empty(projections, rows, n, dtype=FLOAT8, device=x.device)
@@ -203,15 +203,14 @@ def float8_backward(
         product(grad, tokens, numbers[_VALUE], out=out)
     value_grad = torch.empty(value.shape if need_value else 0, device=x.device)
     if need_value:
-        grads_transposed = transposed(quantized, grad_scales, numbers[_GRAD])
-        weights_transposed = transposed(weights, weight_scales, numbers[_WEIGHT])
+        grads_transposed, weights_transposed = both_transposed(
+            (quantized, grad_scales, numbers[_GRAD]), (weights, weight_scales, numbers[_WEIGHT])
+        )
         for a, b, out in zip(weights_transposed, grads_transposed, value_grad.split(n), strict=True):
             product(a, b, numbers[_GRAD], numbers[_WEIGHT], out=out)
         del grads_transposed, weights_transposed
     if scores is None:
-        scales = numbers[_KEY, :1].expand(x.shape[1]).contiguous()
-        key = transposed(key_transposed[None], scales[None], numbers[_KEY])[0]
-        scores = product(x, key, numbers[_KEY])
+        scores = product(x, transposed(key_transposed[None])[0], numbers[_KEY])
     score_grads = torch.empty(rows, projections * n, dtype=FLOAT8, device=x.device)
     score_grad_scales = torch.empty(rows, device=x.device)
     launch, numbers_of_kind, options = _layout(
@@ -235,9 +234,11 @@ def float8_backward(
     del weight_grads, scores
     key_grad = torch.empty((projections * n, x.shape[1]) if need_key else 0, device=x.device)
     if need_key:
-        a = transposed(score_grads[None], score_grad_scales[None], numbers[_SCORE_GRAD])[0]
-        b = transposed(x[None], input_scales[None], numbers[_X])[0]
-        product(a, b, numbers[_X], numbers[_SCORE_GRAD], out=key_grad)
+        a, b = both_transposed(
+            (score_grads[None], score_grad_scales[None], numbers[_SCORE_GRAD]),
+            (x[None], input_scales[None], numbers[_X]),
+        )
+        product(a[0], b[0], numbers[_X], numbers[_SCORE_GRAD], out=key_grad)
     nothing = torch.empty(0, dtype=torch.bfloat16, device=x.device)
     grad_x = product(score_grads, key_transposed, numbers[_KEY]) if need_x else nothing
     return grad_x, score_grad_scales, key_grad, value_grad

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from math import prod
 
 import torch
 from torch import Tensor
 
 FLOAT8 = torch.float8_e4m3fn
-_TILE = (128, 128)  # of a transposition
-_TILE_WARPS = 8
+_TILE = (128, 128)  # of a transposition: 16 bytes for each of 8 threads, both ways
+_SMALL_TILE = (128, 64)
+_FEW_TILES = 512  # fewer leave multiprocessors without enough to wait for
+_TILE_WARPS = 4
 _BLOCK = 4096  # of tokens
 
 
@@ -41,54 +44,94 @@ def rows_to_float8(tensors: Sequence[Tensor], largest_scale: Tensor) -> tuple[Te
     quantized = torch.empty(len(tensors), rows, features, dtype=FLOAT8, device=tensors[0].device)
     scales = torch.empty(len(tensors), rows, device=tensors[0].device)
     block = 1 << (features - 1).bit_length()
-    for tensor, place, of_rows in zip(tensors, quantized, scales, strict=True):
-        quantize_rows[(rows,)](
-            tensor.contiguous(), place, of_rows, largest_scale, features, BLOCK=block, num_warps=4
+    for start in range(0, len(tensors), 3):
+        some = [tensor.contiguous() for tensor in tensors[start : start + 3]]
+        quantize_rows[(rows, len(some))](
+            *(some + 2 * some[:1])[:3],
+            quantized[start:],
+            scales[start:],
+            largest_scale,
+            features,
+            BLOCK=block,
+            num_warps=max(1, min(8, block // 2048)),  # so that few wait for each other
         )
     return quantized, scales
 
 
-def transposed(quantized: Tensor, scales: Tensor, largest_scale: Tensor) -> Tensor:
-    """[p, rows, features] with ``scales`` [p, rows] to [p, features, rows] with one for all."""
+def transposed(quantized: Tensor, scales: Tensor | None = None, largest: Tensor | None = None) -> Tensor:
+    """[p, rows, features] to [p, features, rows], from ``scales`` [p, rows] to the largest for all, or as they are;
+    rows and features are multiples of 16."""
+    return _transposed([(quantized, scales, largest)])[0]
+
+
+def both_transposed(
+    first: tuple[Tensor, Tensor, Tensor], second: tuple[Tensor, Tensor, Tensor]
+) -> list[Tensor]:
+    """As :func:`transposed`, of two with equally many rows at once."""
+    return _transposed([first, second])
+
+
+def _transposed(matrices: Sequence[tuple[Tensor, Tensor | None, Tensor | None]]) -> list[Tensor]:
     from tokenformer.ops.pattention_float8_copies_triton import transpose_rows
 
-    p, rows, features = quantized.shape
-    copy = torch.empty(p, features, rows, dtype=FLOAT8, device=quantized.device)
-    transpose_rows[(*_tiles(rows, features), p)](
-        quantized,
-        scales,
-        largest_scale,
-        copy.view(torch.int32),
+    p, rows, _ = matrices[0][0].shape
+    widths = [quantized.shape[2] for quantized, _, _ in matrices]
+    copies = [torch.empty(p, w, rows, dtype=FLOAT8, device=matrices[0][0].device) for w in widths]
+    arguments = [
+        (_words(quantized), scales, largest, _words(copy), width)
+        for (quantized, scales, largest), copy, width in zip(matrices, copies, widths, strict=True)
+    ]
+    tile = _TILE if p * prod(_grid(rows, widths, _TILE)) >= _FEW_TILES else _SMALL_TILE
+    transpose_rows[(*_grid(rows, widths, tile), p)](
+        *arguments[0],
+        *arguments[-1],
         rows,
-        features,
-        ROWS=_TILE[0],
-        COLUMNS=_TILE[1],
+        SCALED=matrices[0][1] is not None,
+        ROWS=tile[0],
+        COLUMNS=tile[1],
         num_warps=_TILE_WARPS,
     )
-    return copy
+    return copies
 
 
-def tokens_to_float8(tokens: Tensor, numbers: Tensor, largest: int, scale: int) -> tuple[Tensor, Tensor]:
-    """``tokens`` [n, features] in float8, and transposed; fills two rows of the table."""
+def tokens_to_float8(keys: Tensor, values: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Keys [n, d_in] and values [n, d_out], bfloat16, in float8: keys, keys transposed, values, values transposed.
+    Rows of ``table`` [4, 4], which begins as zeros, become the largest entries of both, then the scales of both."""
     from tokenformer.ops.pattention_float8_copies_triton import find_largest, quantize_tokens
 
-    n, features = tokens.shape
-    quantized = torch.empty(n, features, dtype=FLOAT8, device=tokens.device)
-    scales = torch.empty(n, device=tokens.device)
-    grid = (-(-tokens.numel() // _BLOCK),)
-    find_largest[grid](tokens, numbers[largest], tokens.numel(), BLOCK=_BLOCK)
-    quantize_tokens[grid](
-        tokens,
-        numbers[largest],
-        numbers[scale],
-        scales,
-        quantized,
+    n, widths = keys.shape[0], (keys.shape[1], values.shape[1])
+    key_largest, value_largest, key_scale, value_scale = table
+    grid = (-(-n * max(widths) // _BLOCK), 2)
+    find_largest[grid](keys, values, key_largest, value_largest, keys.numel(), values.numel(), BLOCK=_BLOCK)
+    key, value = (torch.empty(n, width, dtype=FLOAT8, device=keys.device) for width in widths)
+    key_copy, value_copy = (torch.empty(width, n, dtype=FLOAT8, device=keys.device) for width in widths)
+    quantize_tokens[_grid(n, widths, _SMALL_TILE)](
+        _words(keys),
+        key_largest,
+        key_scale,
+        _words(key),
+        _words(key_copy),
+        widths[0],
+        _words(values),
+        value_largest,
+        value_scale,
+        _words(value),
+        _words(value_copy),
+        widths[1],
         n,
-        tokens.numel(),
-        BLOCK=_BLOCK,
+        ROWS=_SMALL_TILE[0],
+        COLUMNS=_SMALL_TILE[1],
+        num_warps=2 * _TILE_WARPS,  # 16 bytes of bfloat16 for each thread
     )
-    return quantized, transposed(quantized[None], scales[None], numbers[scale])[0]
+    return key, key_copy, value, value_copy
 
 
-def _tiles(rows: int, columns: int) -> tuple[int, int]:
-    return -(-rows // _TILE[0]), -(-columns // _TILE[1])
+def _words(matrix: Tensor) -> Tensor:
+    """Four numbers in each: float8 in 32 bits, bfloat16 in 64."""
+    matrix = matrix.clone() if matrix.storage_offset() % 4 else matrix
+    return matrix.view(torch.int32 if matrix.dtype == FLOAT8 else torch.int64)
+
+
+def _grid(rows: int, widths: Sequence[int], tile: tuple[int, int]) -> tuple[int, int]:
+    """Tiles of the rows, and of the columns of all matrices."""
+    return -(-rows // tile[0]), sum(-(-width // tile[1]) for width in widths)

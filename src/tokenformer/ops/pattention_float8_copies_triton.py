@@ -5,12 +5,10 @@ A scale is what numbers were divided by, a power of two; the largest number of i
 
 from __future__ import annotations
 
-import os
-
 import triton
 import triton.language as tl
 
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+from tokenformer.ops.pattention_float8_words_triton import columns_of, four_rounded, rescaled, rounded
 
 
 @triton.jit
@@ -28,75 +26,215 @@ def _raise_to(largest, value):
 
 
 @triton.jit
-def _rounded(value, FLOAT8: tl.constexpr):
-    """To the nearest float8. The interpreter loses a carry there (31.9 becomes 16), so it gets numbers of four bits."""
-    if INTERPRETED:
-        shifted = value * 1048577.0  # 2^20 + 1 (Veltkamp)
-        value = shifted - (shifted - value)
-    return value.to(FLOAT8)
-
-
-@triton.jit
-def quantize_rows(x, quantized, scales, largest_scale, features, BLOCK: tl.constexpr):
-    """One row of [rows, features]; ``largest_scale`` becomes the largest of all."""
-    row = tl.program_id(0).to(tl.int64)
+def quantize_rows(first, second, third, quantized, scales, largest_scale, features, BLOCK: tl.constexpr):
+    """One row of up to three tensors [rows, features], to [tensors, rows, features]; ``largest_scale`` becomes the
+    largest of all. The grid is (rows, tensors)."""
+    tensor, row = tl.program_id(1), tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
+    x = tl.where(tensor == 0, first, tl.where(tensor == 1, second, third))
     value = tl.load(x + row * features + column, mask=column < features, other=0.0).to(tl.float32)
     scale = _scale_of(tl.max(tl.abs(value), axis=0))
-    result = _rounded(value * (1 / scale), quantized.dtype.element_ty)
-    tl.store(quantized + row * features + column, result, mask=column < features)
-    tl.store(scales + row, scale)
+    result = rounded(value * (1 / scale), quantized.dtype.element_ty)
+    place = tensor.to(tl.int64) * tl.num_programs(0) + row
+    tl.store(quantized + place * features + column, result, mask=column < features)
+    tl.store(scales + place, scale)
     _raise_to(largest_scale, scale)
 
 
 @triton.jit
-def _byte(value, place: tl.constexpr):
-    """A float8 as one of the four bytes of an integer. Four rows are transposed as one, in words."""
-    return value.to(tl.uint8, bitcast=True).to(tl.int32) << (8 * place)
+def _store_columns(target, a, b, c, d, rows, columns, first_row, first_column):
+    """Store rows a, b, c, d of every four, words of a tile [tile rows / 4, tile columns / 4], in the transposed copy
+    [columns, rows / 4] at ``target``, where the tile's first column begins."""
+    four, column = tl.arange(0, a.shape[0]), tl.arange(0, 4 * a.shape[1])
+    target += column[:, None] * (rows // 4) + four[None, :]
+    inside = (first_column + column < columns)[:, None] & (first_row + four // 4 * 16 < rows)[None, :]
+    tl.store(target, tl.trans(columns_of(a, b, c, d)), mask=inside)
+
+
+@triton.jit
+def _transpose_tile(
+    tile,
+    quantized,
+    scales,
+    largest_scale,
+    transposed,
+    rows,
+    columns,
+    SCALED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """A tile of columns of :func:`transpose_rows`."""
+    matrix = tl.program_id(2).to(tl.int64)
+    first_row, first_column = tl.program_id(0) * ROWS, tile * COLUMNS
+    four, word = tl.arange(0, ROWS // 4), tl.arange(0, COLUMNS // 4)  # rows, a word of a row
+    here = first_row + four // 4 * 16 < rows
+    inside = here[:, None] & (first_column + word // 4 * 16 < columns)[None, :]
+    step = columns // 4
+    source = quantized + ((matrix * rows + first_row) * columns + first_column) // 4
+    source += four[:, None] * columns + word[None, :]
+    a = tl.load(source, mask=inside, other=0)
+    b = tl.load(source + step, mask=inside, other=0)
+    c = tl.load(source + 2 * step, mask=inside, other=0)
+    d = tl.load(source + 3 * step, mask=inside, other=0)
+    if SCALED:
+        inverse = 1 / tl.load(largest_scale)
+        scale = scales + matrix * rows + first_row + 4 * four
+        a = rescaled(a, (tl.load(scale, mask=here, other=0.0) * inverse)[:, None])
+        b = rescaled(b, (tl.load(scale + 1, mask=here, other=0.0) * inverse)[:, None])
+        c = rescaled(c, (tl.load(scale + 2, mask=here, other=0.0) * inverse)[:, None])
+        d = rescaled(d, (tl.load(scale + 3, mask=here, other=0.0) * inverse)[:, None])
+    target = transposed + ((matrix * columns + first_column) * rows + first_row) // 4
+    _store_columns(target, a, b, c, d, rows, columns, first_row, first_column)
 
 
 @triton.jit
 def transpose_rows(
-    quantized, scales, largest_scale, transposed, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    first,
+    first_scales,
+    first_largest,
+    first_transposed,
+    first_columns,
+    second,
+    second_scales,
+    second_largest,
+    second_transposed,
+    second_columns,
+    rows,
+    SCALED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
-    """[p, rows, columns] with a scale for each row to [p, columns, rows / 4] words of four float8, with the largest
-    scale for all; rows are a multiple of 4."""
-    matrix = tl.program_id(2).to(tl.int64)
-    first_row, first_column = tl.program_id(0).to(tl.int64) * ROWS, tl.program_id(1).to(tl.int64) * COLUMNS
-    word, column = tl.arange(0, ROWS // 4), tl.arange(0, COLUMNS)
-    here = first_row + 4 * word < rows
-    inside = here[:, None] & (first_column + column < columns)[None, :]
-    source = quantized + (matrix * rows + first_row) * columns + first_column
-    inverse = 1 / tl.load(largest_scale)
-    words = tl.zeros((ROWS // 4, COLUMNS), tl.int32)
-    for i in tl.static_range(4):
-        row = 4 * word + i
-        value = tl.load(source + (row[:, None] * columns + column[None, :]), mask=inside, other=0.0)
-        factor = tl.load(scales + matrix * rows + first_row + row, mask=here, other=1.0) * inverse
-        words |= _byte(_rounded(value.to(tl.float32) * factor[:, None], quantized.dtype.element_ty), i)
-    target = transposed + (matrix * columns + first_column) * (rows // 4) + first_row // 4
-    tl.store(target + (column[:, None] * (rows // 4) + word[None, :]), tl.trans(words), mask=tl.trans(inside))
+    """[p, rows, columns / 4] words of float8 to [p, columns, rows / 4]; if ``SCALED``, from a scale for each row
+    [p, rows] to the largest for all. Rows and columns are multiples of 16, so that four words are inside or not. The
+    grid is (tiles of rows, tiles of columns of the first and, if there are two, of the second, p)."""
+    tile = tl.program_id(1)
+    tiles = tl.cdiv(first_columns, COLUMNS)
+    if tile < tiles:
+        _transpose_tile(
+            tile,
+            first,
+            first_scales,
+            first_largest,
+            first_transposed,
+            rows,
+            first_columns,
+            SCALED,
+            ROWS,
+            COLUMNS,
+        )
+    else:
+        _transpose_tile(
+            tile - tiles,
+            second,
+            second_scales,
+            second_largest,
+            second_transposed,
+            rows,
+            second_columns,
+            SCALED,
+            ROWS,
+            COLUMNS,
+        )
 
 
 @triton.jit
-def find_largest(x, largest, count, BLOCK: tl.constexpr):
-    """The largest absolute value of all."""
+def find_largest(keys, values, key_largest, value_largest, key_count, value_count, BLOCK: tl.constexpr):
+    """The largest absolute value of each; the grid is (blocks of the longer, 2)."""
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    value = tl.load(x + index, mask=index < count, other=0.0).to(tl.float32)
-    _raise_to(largest, tl.max(tl.abs(value), axis=0))
+    if tl.program_id(1) == 0:
+        value = tl.load(keys + index, mask=index < key_count, other=0.0).to(tl.float32)
+        _raise_to(key_largest, tl.max(tl.abs(value), axis=0))
+    else:
+        value = tl.load(values + index, mask=index < value_count, other=0.0).to(tl.float32)
+        _raise_to(value_largest, tl.max(tl.abs(value), axis=0))
 
 
 @triton.jit
-def quantize_tokens(tokens, largest, scale_of_all, scales, quantized, n, count, BLOCK: tl.constexpr):
-    """``count`` numbers of n rows in float8 with one scale, which ``scales`` [n] repeats for :func:`transpose_rows`.
-
-    Only one thing is done with a rounded number: a kernel that stored it and also put it into a word of the transposed
-    copy gave wrong bytes there on an H100, though the interpreter's were right.
-    """
-    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+def _quantize_tile(
+    tile,
+    tokens,
+    largest,
+    scale_of_all,
+    quantized,
+    transposed,
+    rows,
+    columns,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """A tile of columns of :func:`quantize_tokens`."""
+    first_row, first_column = tl.program_id(0) * ROWS, tile * COLUMNS
+    four, word = tl.arange(0, ROWS // 4), tl.arange(0, COLUMNS // 4)  # rows, a word of a row
+    inside = (first_row + four // 4 * 16 < rows)[:, None] & (first_column + word // 4 * 16 < columns)[None, :]
+    step = columns // 4
+    start = (first_row.to(tl.int64) * columns + first_column) // 4
+    place = four[:, None] * columns + word[None, :]
+    source = tokens + start + place
+    a = tl.load(source, mask=inside, other=0)
+    b = tl.load(source + step, mask=inside, other=0)
+    c = tl.load(source + 2 * step, mask=inside, other=0)
+    d = tl.load(source + 3 * step, mask=inside, other=0)
     scale = _scale_of(tl.load(largest))
-    value = tl.load(tokens + index, mask=index < count, other=0.0).to(tl.float32)
-    result = _rounded(value * (1 / scale), quantized.dtype.element_ty)
-    tl.store(quantized + index, result, mask=index < count)
-    tl.store(scales + index, tl.full((BLOCK,), 1.0, tl.float32) * scale, mask=index < n)
-    tl.store(scale_of_all, scale)
+    if (tl.program_id(0) == 0) & (tile == 0):
+        tl.store(scale_of_all, scale)
+    inverse = 1 / scale
+    a, b = four_rounded(a, inverse), four_rounded(b, inverse)
+    c, d = four_rounded(c, inverse), four_rounded(d, inverse)
+    target = quantized + start + place
+    tl.store(target, a, mask=inside)
+    tl.store(target + step, b, mask=inside)
+    tl.store(target + 2 * step, c, mask=inside)
+    tl.store(target + 3 * step, d, mask=inside)
+    target = transposed + (first_column.to(tl.int64) * rows + first_row) // 4
+    _store_columns(target, a, b, c, d, rows, columns, first_row, first_column)
+
+
+@triton.jit
+def quantize_tokens(
+    keys,
+    key_largest,
+    key_scale,
+    key_quantized,
+    key_transposed,
+    key_columns,
+    values,
+    value_largest,
+    value_scale,
+    value_quantized,
+    value_transposed,
+    value_columns,
+    rows,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Keys and values [rows, columns / 4], words of four bfloat16, in float8 with one scale for each of the two, as
+    words [rows, columns / 4] and transposed [columns, rows / 4]; the grid is (tiles of rows, of columns of both)."""
+    tile = tl.program_id(1)
+    tiles = tl.cdiv(key_columns, COLUMNS)
+    if tile < tiles:
+        _quantize_tile(
+            tile,
+            keys,
+            key_largest,
+            key_scale,
+            key_quantized,
+            key_transposed,
+            rows,
+            key_columns,
+            ROWS,
+            COLUMNS,
+        )
+    else:
+        _quantize_tile(
+            tile - tiles,
+            values,
+            value_largest,
+            value_scale,
+            value_quantized,
+            value_transposed,
+            rows,
+            value_columns,
+            ROWS,
+            COLUMNS,
+        )

@@ -6,7 +6,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tokenformer.ops.pattention_float8_copies_triton import _raise_to, _rounded, _scale_of
+from tokenformer.ops.pattention_float8_copies_triton import _raise_to, _scale_of
+from tokenformer.ops.pattention_float8_words_triton import rounded
 from tokenformer.ops.pattention_triton import row_statistics
 from tokenformer.ops.pattention_triton_math import (
     GELU,
@@ -69,7 +70,7 @@ def forward_to_float8(
     for i in tl.static_range(PIECES):
         column = i * PIECE + tl.arange(0, PIECE)[None, :]
         inside = there if EVEN else there & (column < n)
-        result = _rounded(found[i] * inverse, weights.dtype.element_ty)
+        result = rounded(found[i] * inverse, weights.dtype.element_ty)
         tl.store(weights + place * n + column, result, mask=inside)
     tl.store(weight_scales + place, scale, mask=there)
     _raise_to(largest_scale, tl.max(tl.where(there, scale, 0.0)))
@@ -149,7 +150,7 @@ def backward_to_float8(
         for i in tl.static_range(PIECES):
             column = i * PIECE + tl.arange(0, PIECE)[None, :]
             inside = there if EVEN else there & (column < n)
-            result = _rounded(found[p * PIECES + i] * inverse, score_grads.dtype.element_ty)
+            result = rounded(found[p * PIECES + i] * inverse, score_grads.dtype.element_ty)
             tl.store(score_grads + (row * PROJECTIONS + p) * n + column, result, mask=inside)
     tl.store(score_grad_scales + row, scale, mask=there)
     _raise_to(largest_scale, tl.max(tl.where(there, scale, 0.0)))
