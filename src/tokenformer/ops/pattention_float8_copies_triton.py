@@ -168,7 +168,11 @@ def _quantize_tile(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """A tile of columns of :func:`quantize_tokens`."""
+    """A tile of columns of :func:`quantize_tokens`.
+
+    Both copies are of the same words: one that stored float8 of Triton's own conversion and also put them into words of
+    the transposed copy gave wrong bytes there on an H100, though the interpreter's were right.
+    """
     first_row, first_column = tl.program_id(0) * ROWS, tile * COLUMNS
     four, word = tl.arange(0, ROWS // 4), tl.arange(0, COLUMNS // 4)  # rows, a word of a row
     inside = (first_row + four // 4 * 16 < rows)[:, None] & (first_column + word // 4 * 16 < columns)[None, :]
