@@ -34,8 +34,8 @@ from tokenformer.ops.token_groups import gradients_of_groups, one_matrix
 _MULTIPLE = 16  # of every size of a product
 _LONGEST_ROW = 16384
 _MOST_EACH = 24  # scores that a thread holds
-_KEY, _VALUE, _X, _WEIGHT, _SCORE_GRAD, _GRAD = range(2, 8)
-"""Rows of the table of numbers that are of a whole tensor: scales; the first two are the tokens' largest entries."""
+_KEY, _VALUE, _X, _WEIGHT, _SCORE_GRAD, _GRAD = range(6)
+"""Rows of the table of numbers that are of a whole tensor: scales."""
 
 
 def has_float8(device: torch.device) -> bool:
@@ -141,8 +141,8 @@ def float8_forward(
     from tokenformer.ops.pattention_float8_triton import forward_to_float8
 
     rows, n = x.shape[0], key.shape[0] // projections
-    numbers = torch.zeros(8, 4, device=x.device)  # rows of 16 bytes
-    key, key_transposed, value, value_transposed = tokens_to_float8(key, value, numbers[:_X])
+    numbers = torch.empty(8, 4, device=x.device)  # rows of 16 bytes
+    key, key_transposed, value, value_transposed = tokens_to_float8(key, value, numbers)
     quantized, input_scales = rows_to_float8([x], numbers[_X])
     scores = product(quantized[0], key, numbers[_KEY]).view(-1, n)
     weights = torch.empty(projections, rows, n, dtype=FLOAT8, device=x.device)

@@ -14,7 +14,8 @@ _TILE = (128, 128)  # of a transposition: 16 bytes for each of 8 threads, both w
 _SMALL_TILE = (128, 64)
 _FEW_TILES = 512  # fewer leave multiprocessors without enough to wait for
 _TILE_WARPS = 4
-_BLOCK = 4096  # of tokens
+_BLOCK = 16384  # of tokens, for one largest entry
+_BLOCK_WARPS = 8
 
 
 def product(
@@ -96,29 +97,41 @@ def _transposed(matrices: Sequence[tuple[Tensor, Tensor | None, Tensor | None]])
 
 def tokens_to_float8(keys: Tensor, values: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Keys [n, d_in] and values [n, d_out], bfloat16, in float8: keys, keys transposed, values, values transposed.
-    Rows of ``table`` [4, 4], which begins as zeros, become the largest entries of both, then the scales of both."""
+    The first rows of ``table`` [8, 4] become the scales of both; all others become zeros, whatever they were."""
     from tokenformer.ops.pattention_float8_copies_triton import find_largest, quantize_tokens
 
     n, widths = keys.shape[0], (keys.shape[1], values.shape[1])
-    key_largest, value_largest, key_scale, value_scale = table
-    grid = (-(-n * max(widths) // _BLOCK), 2)
-    find_largest[grid](keys, values, key_largest, value_largest, keys.numel(), values.numel(), BLOCK=_BLOCK)
+    blocks = -(-n * max(widths) // _BLOCK)
+    largest = torch.empty(2, blocks, device=keys.device)
+    find_largest[blocks, 2](
+        keys,
+        values,
+        largest,
+        table,
+        keys.numel(),
+        values.numel(),
+        BLOCK=_BLOCK,
+        TABLE=table.numel(),
+        num_warps=_BLOCK_WARPS,
+    )
     key, value = (torch.empty(n, width, dtype=FLOAT8, device=keys.device) for width in widths)
     key_copy, value_copy = (torch.empty(width, n, dtype=FLOAT8, device=keys.device) for width in widths)
     quantize_tokens[_grid(n, widths, _SMALL_TILE)](
         _words(keys),
-        key_largest,
-        key_scale,
+        largest[0],
+        table[0],
         _words(key),
         _words(key_copy),
         widths[0],
         _words(values),
-        value_largest,
-        value_scale,
+        largest[1],
+        table[1],
         _words(value),
         _words(value_copy),
         widths[1],
         n,
+        blocks,
+        MOST=1 << (blocks - 1).bit_length(),
         ROWS=_SMALL_TILE[0],
         COLUMNS=_SMALL_TILE[1],
         num_warps=2 * _TILE_WARPS,  # 16 bytes of bfloat16 for each thread

@@ -139,15 +139,18 @@ def transpose_rows(
 
 
 @triton.jit
-def find_largest(keys, values, key_largest, value_largest, key_count, value_count, BLOCK: tl.constexpr):
-    """The largest absolute value of each; the grid is (blocks of the longer, 2)."""
-    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    if tl.program_id(1) == 0:
-        value = tl.load(keys + index, mask=index < key_count, other=0.0).to(tl.float32)
-        _raise_to(key_largest, tl.max(tl.abs(value), axis=0))
-    else:
-        value = tl.load(values + index, mask=index < value_count, other=0.0).to(tl.float32)
-        _raise_to(value_largest, tl.max(tl.abs(value), axis=0))
+def find_largest(
+    keys, values, largest, table, key_count, value_count, BLOCK: tl.constexpr, TABLE: tl.constexpr
+):
+    """The largest absolute values of blocks, [2, blocks] for the two; the grid is (blocks of the longer, 2). Makes the
+    table zeros too, for those who come after."""
+    block, which = tl.program_id(0), tl.program_id(1)
+    index = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    tokens, count = tl.where(which == 0, keys, values), tl.where(which == 0, key_count, value_count)
+    value = tl.load(tokens + index, mask=index < count, other=0.0).to(tl.float32)
+    tl.store(largest + which * tl.num_programs(0) + block, tl.max(tl.abs(value), axis=0))
+    if (block == 0) & (which == 0):
+        tl.store(table + tl.arange(0, TABLE), tl.zeros((TABLE,), tl.float32))
 
 
 @triton.jit
@@ -160,10 +163,16 @@ def _quantize_tile(
     transposed,
     rows,
     columns,
+    blocks,
+    MOST: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """A tile of columns of :func:`quantize_tokens`."""
+    """A tile of columns of :func:`quantize_tokens`.
+
+    Both copies are of the same words: one that stored float8 of Triton's own conversion and also put them into words of
+    the transposed copy gave wrong bytes there on an H100, though the interpreter's were right.
+    """
     first_row, first_column = tl.program_id(0) * ROWS, tile * COLUMNS
     four, word = tl.arange(0, ROWS // 4), tl.arange(0, COLUMNS // 4)  # rows, a word of a row
     inside = (first_row + four // 4 * 16 < rows)[:, None] & (first_column + word // 4 * 16 < columns)[None, :]
@@ -175,7 +184,8 @@ def _quantize_tile(
     b = tl.load(source + step, mask=inside, other=0)
     c = tl.load(source + 2 * step, mask=inside, other=0)
     d = tl.load(source + 3 * step, mask=inside, other=0)
-    scale = _scale_of(tl.load(largest))
+    block = tl.arange(0, MOST)
+    scale = _scale_of(tl.max(tl.load(largest + block, mask=block < blocks, other=0.0), axis=0))
     if (tl.program_id(0) == 0) & (tile == 0):
         tl.store(scale_of_all, scale)
     inverse = 1 / scale
@@ -205,11 +215,14 @@ def quantize_tokens(
     value_transposed,
     value_columns,
     rows,
+    blocks,
+    MOST: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Keys and values [rows, columns / 4], words of four bfloat16, in float8 with one scale for each of the two, as
-    words [rows, columns / 4] and transposed [columns, rows / 4]; the grid is (tiles of rows, of columns of both)."""
+    """Keys and values [rows, columns / 4], words of four bfloat16, in float8 with one scale for each of the two, from
+    the largest [blocks] of each, as words [rows, columns / 4] and transposed [columns, rows / 4]; the grid is (tiles of
+    rows, tiles of columns of both)."""
     tile = tl.program_id(1)
     tiles = tl.cdiv(key_columns, COLUMNS)
     if tile < tiles:
@@ -222,6 +235,8 @@ def quantize_tokens(
             key_transposed,
             rows,
             key_columns,
+            blocks,
+            MOST,
             ROWS,
             COLUMNS,
         )
@@ -235,6 +250,8 @@ def quantize_tokens(
             value_transposed,
             rows,
             value_columns,
+            blocks,
+            MOST,
             ROWS,
             COLUMNS,
         )
