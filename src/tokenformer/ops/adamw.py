@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-BLOCK = 2048  # elements at a time
-WARPS = 8
-CHUNK = 8 * BLOCK  # of one program
+BLOCK = 1024  # elements at a time
+WARPS = 4
+CHUNK = 4 * BLOCK  # of one program
 _STEPS_BLOCK = 128
 _COLUMNS, _SIZE, _FIRST = 8, 5, 6  # of the kernels' table, see adamw_triton
 
