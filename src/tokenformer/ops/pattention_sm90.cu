@@ -12,7 +12,7 @@
 //
 // A row norm needs the whole row, which ceil(n / 192) tiles share. Their blocks run at the same time (tiles of
 // one row follow each other in the static order, and every block is resident), so each writes its part of the row's
-// sum, and adds up those of all in the same order: results do not depend on timing.
+// sum, waits for those of the others, and adds up all parts in the same order: results do not depend on timing.
 // The warpgroups that multiply take the forward's part, of the scores before they are rounded, so that nobody waits for long.
 // The forward serves gelu and l2_norm_gelu; what the others need of a whole row is too much for that.
 //
@@ -132,49 +132,24 @@ __device__ __forceinline__ void multiply_tiles(const Arguments& args, Ring ring,
     }
 }
 
-__device__ __forceinline__ Place place_of(const Arguments& args, const Schedule& schedule, u32 base, u32 number, u32 block, u32 turn) {
-    const u32 lane = threadIdx.x & 31;
-    const Tile tile = schedule(number, block);
-    const u32 column = tile.token + (lane & 7) * 8;
-    return {
-        args, base + OFFSET_HALVES, base + OFFSET_ROWS + turn * (TILE_M * 16), lane, column, tile.row,
-        tile.row * args.row_stride + static_cast<u64>(tile.projection) * args.n + column, padded_rows_of(args),
-        partials_of(args, schedule, tile),
-        args.statistics + static_cast<u64>(tile.row) * args.statistics_stride + tile.projection,
-        tile.index, schedule.tiles_per_row, number + gridDim.x / BLOCKS >= schedule.total};
-}
-
-__device__ __forceinline__ void begin_tile(const Place& place) {
-    if (BACKWARD) begin_backward(place);
-    else begin_forward(place);
-}
-
-__device__ __forceinline__ void end_tile(const Place& place) {
-    if (BACKWARD) end_backward(place);
-    else end_forward(place);
-}
-
 __device__ __forceinline__ void finish_tiles(const Arguments& args, u32 base, u32 block) {
     const Schedule schedule(args);
-    const u32 stride = gridDim.x / BLOCKS;
+    const u32 lane = threadIdx.x & 31;
     u32 turn = 0;
     signal(3, AT_HALF);
     signal(4, AT_HALF);
-    for (u32 number = blockIdx.x / BLOCKS; number < schedule.total; number += stride) {
-        const u32 before = turn;
-        turn = turn + 1 == ROW_TURNS ? 0 : turn + 1;
-        const Place place = place_of(args, schedule, base, number, block, turn);
-        if (!NEEDS_ROW) {
-            if (BACKWARD) finish_backward_alone(place);
-            else finish_forward_alone(place);
-            continue;
-        }
-        const bool first = number < stride;
-        // the last tile's product leaves time for the one before, and nothing comes after it
-        if (place.last && !first) end_tile(place_of(args, schedule, base, number - stride, block, before));
-        begin_tile(place);
-        if (place.last) end_tile(place);
-        else if (!first) end_tile(place_of(args, schedule, base, number - stride, block, before));
+    for (u32 number = blockIdx.x / BLOCKS; number < schedule.total; number += gridDim.x / BLOCKS, turn ^= 1) {
+        const Tile tile = schedule(number, block);
+        const u32 column = tile.token + (lane & 7) * 8;
+        const Place place = {
+            args, base + OFFSET_HALVES, base + OFFSET_ROWS + turn * (TILE_M * 16), lane, column, tile.row,
+            tile.row * args.row_stride + static_cast<u64>(tile.projection) * args.n + column, padded_rows_of(args),
+            partials_of(args, schedule, tile),
+            args.statistics + static_cast<u64>(tile.row) * args.statistics_stride + tile.projection,
+            tile.index, schedule.tiles_per_row, number + gridDim.x / BLOCKS >= schedule.total};
+        if (!BACKWARD) finish_forward(place);
+        else if (NEEDS_ROW) finish_backward_of_rows(place);
+        else finish_backward_alone(place);
     }
 }
 

@@ -43,11 +43,15 @@ struct Place {
         for (int piece = 0; piece < PIECES; ++piece) chunks.of[piece] = load_shared(shared(round, piece));
         return chunks;
     }
-    __device__ Chunks load(unsigned short* matrix, u32 round) const {
+    __device__ void store_tile(u32 round, const Chunks& chunks) const {
+#pragma unroll
+        for (int piece = 0; piece < PIECES; ++piece) store_shared(shared(round, piece), chunks.of[piece]);
+    }
+    __device__ Chunks load_scores(u32 round) const {
         Chunks chunks;
 #pragma unroll
         for (int piece = 0; piece < PIECES; ++piece)
-            chunks.of[piece] = has(round, piece) ? *at(matrix, round, piece) : make_uint4(0, 0, 0, 0);
+            chunks.of[piece] = has(round, piece) ? *at(args.scores, round, piece) : make_uint4(0, 0, 0, 0);
         return chunks;
     }
     __device__ void store(unsigned short* matrix, u32 round, const Chunks& chunks) const {
@@ -55,27 +59,19 @@ struct Place {
         for (int piece = 0; piece < PIECES; ++piece)
             if (has(round, piece)) *at(matrix, round, piece) = chunks.of[piece];
     }
-    __device__ void set_row(u32 row, float2 figures) const {
+    __device__ void set_row(u32 row, float2 figures, float along) const {
         const float factor = row_factor(args.scale, figures.x, figures.y);
-        asm volatile(
-            "st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(rows_of_tile + row * 16), "f"(figures.x), "f"(factor), "f"(0.0f),
-            "f"(figures.y) : "memory");
-    }
-    __device__ void set_along(u32 row, float sum) const {
-        float first, factor, unset, second;
-        get_row(row, first, factor, unset, second);
-        const float along = along_row(args.scale, sum, second, factor);
-        asm volatile("st.shared.f32 [%0], %1;" ::"r"(rows_of_tile + row * 16 + 8), "f"(along) : "memory");
-    }
-    __device__ void get_row(u32 row, float& first, float& factor, float& along, float& second) const {
-        asm volatile(
-            "ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-            : "=f"(first), "=f"(factor), "=f"(along), "=f"(second) : "r"(rows_of_tile + row * 16) : "memory");
+        along = along_row(args.scale, along, figures.y, factor);
+        asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(rows_of_tile + row * 16), "f"(figures.x), "f"(factor), "f"(along), "f"(0.0f) : "memory");
     }
     __device__ Row row(u32 round) const {
         if (!NEEDS_ROW) return {1.0f, 1.0f, 0.0f};
-        float first, factor, along, second;
-        get_row(row_in_tile(round), first, factor, along, second);
+        float first, factor, along, unused;
+        asm volatile(
+            "ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+            : "=f"(first), "=f"(factor), "=f"(along), "=f"(unused)
+            : "r"(rows_of_tile + row_in_tile(round) * 16)
+            : "memory");
         return {first, factor, along};
     }
 };
@@ -109,7 +105,17 @@ __device__ __forceinline__ void store_weights(const Place& place, u32 round, Chu
     place.store(place.args.weights, round, weights);
 }
 
-__device__ __forceinline__ void finish_forward_alone(const Place& place) {
+// The parts of a row's norm are on their way since before the tile was handed over, see multiply_tiles.
+__device__ __forceinline__ void finish_forward(const Place& place) {
+    if (NEEDS_ROW) {
+        if (const u32 row = finishing_thread(); row < TILE_M) {
+            const float2 figures = whole_norm(place.partials + row, place.tiles, place.padded_rows);
+            place.set_row(row, figures, 0.0f);
+            if (place.index == 0 && place.tile_row + row < place.args.rows)
+                place.statistics[row * static_cast<u64>(place.args.statistics_stride)] = figures;
+        }
+        meet(5, FINISHING);
+    }
 #pragma unroll
     for (int turn = 0; turn < OWN_ROUNDS; ++turn) {
         const u32 round = own_round(turn);
@@ -121,43 +127,6 @@ __device__ __forceinline__ void finish_forward_alone(const Place& place) {
         }
         free_half(turn, place.last);
     }
-}
-
-// Where a row norm is needed, a tile is finished in two stages, and the first of the next tile comes between them: by then
-// all other blocks have given their parts of the rows, and nobody has waited. The shared memory that the product wants
-// for its next tile is free after the first stage, as what the second needs goes through the second-level cache.
-__device__ __forceinline__ unsigned short* kept_in(const Arguments& args) {
-    if (BACKWARD) return args.grads;
-    return args.scores != nullptr ? args.scores : args.weights;
-}
-
-__device__ __forceinline__ void begin_forward(const Place& place) {
-    unsigned short* kept = kept_in(place.args);
-#pragma unroll
-    for (int turn = 0; turn < OWN_ROUNDS; ++turn) {
-        const u32 round = own_round(turn);
-        wait_for_half(turn);
-        if (round < ROUNDS) place.store(kept, round, place.load_tile(round));
-        free_half(turn, place.last);
-    }
-}
-
-__device__ __forceinline__ void end_forward(const Place& place) {
-    unsigned short* kept = kept_in(place.args);
-    Chunks scores[OWN_ROUNDS];
-#pragma unroll
-    for (int turn = 0; turn < OWN_ROUNDS; ++turn)
-        if (own_round(turn) < ROUNDS) scores[turn] = place.load(kept, own_round(turn));
-    if (const u32 row = finishing_thread(); row < TILE_M) {
-        const float2 figures = whole_norm(place.partials + row, place.tiles, place.padded_rows);
-        place.set_row(row, figures);
-        if (place.index == 0 && place.tile_row + row < place.args.rows)
-            place.statistics[row * static_cast<u64>(place.args.statistics_stride)] = figures;
-    }
-    meet(5, FINISHING);
-#pragma unroll
-    for (int turn = 0; turn < OWN_ROUNDS; ++turn)
-        if (own_round(turn) < ROUNDS) store_weights(place, own_round(turn), scores[turn]);
 }
 
 // The first look at the gradients of the weights. In place of the scores it leaves what the second needs of the gradients.
@@ -178,8 +147,9 @@ __device__ __forceinline__ float look_first(const Place& place, u32 round, Chunk
     return along;
 }
 
-__device__ __forceinline__ void look_again(const Place& place, u32 round, Chunks& scores, Chunks& kept) {
+__device__ __forceinline__ void look_again(const Place& place, u32 round, Chunks& scores) {
     const Row row = place.row(round);
+    Chunks kept = place.load_tile(round);
 #pragma unroll
     for (int i = 0; i < 4 * PIECES; ++i) {
         const u32 score = pairs_of(scores)[i], grad = pairs_of(kept)[i];
@@ -193,7 +163,7 @@ __device__ __forceinline__ void look_again(const Place& place, u32 round, Chunks
 __device__ __forceinline__ void finish_backward_alone(const Place& place) {
     Chunks held[OWN_ROUNDS];
 #pragma unroll
-    for (int turn = 0; turn < OWN_ROUNDS; ++turn) held[turn] = place.load(place.args.scores, own_round(turn));
+    for (int turn = 0; turn < OWN_ROUNDS; ++turn) held[turn] = place.load_scores(own_round(turn));
 #pragma unroll
     for (int turn = 0; turn < OWN_ROUNDS; ++turn) {
         const u32 round = own_round(turn);
@@ -206,45 +176,43 @@ __device__ __forceinline__ void finish_backward_alone(const Place& place) {
     }
 }
 
-__device__ __forceinline__ void begin_backward(const Place& place) {
-    if (const u32 row = finishing_thread(); row < TILE_M) {
-        float2 figures = make_float2(1.0f, 1.0f);
-        if (place.tile_row + row < place.args.rows)
-            figures = place.statistics[row * static_cast<u64>(place.args.statistics_stride)];
-        place.set_row(row, figures);
+// Between the two looks lies the sum over the row. What the second needs waits in the finished tile's place, as a loop that
+// is not unrolled was faster than holding it in registers.
+__device__ __forceinline__ void finish_backward_of_rows(const Place& place) {
+    const u32 own_row = finishing_thread();
+    float2 figures = make_float2(1.0f, 1.0f);
+    if (own_row < TILE_M) {
+        if (place.tile_row + own_row < place.args.rows)
+            figures = place.statistics[own_row * static_cast<u64>(place.args.statistics_stride)];
+        place.set_row(own_row, figures, 0.0f);
     }
-    Chunks scores = place.load(place.args.scores, own_round(0));
-    meet(5, FINISHING);
-#pragma unroll 1  // as a loop it was faster than with everything in registers
-    for (int turn = 0; turn < OWN_ROUNDS; ++turn) {
-        const u32 round = own_round(turn);
-        Chunks next = scores;
-        if (turn + 1 < OWN_ROUNDS) next = place.load(place.args.scores, own_round(turn + 1));
-        wait_for_half(turn);
-        if (round < ROUNDS) {
-            const float along = look_first(place, round, scores);
-            place.give_part_of_row(round, make_float2(sum_of_eight(along), 0.0f));
-            place.store(place.args.grads, round, scores);
-        }
-        free_half(turn, place.last);
-        scores = next;
-    }
-}
-
-__device__ __forceinline__ void end_backward(const Place& place) {
-    Chunks scores = place.load(place.args.scores, own_round(0)), kept = place.load(place.args.grads, own_round(0));
-    if (const u32 row = finishing_thread(); row < TILE_M)
-        place.set_along(row, whole_sum(place.partials + row, place.tiles, place.padded_rows));
+    Chunks scores = place.load_scores(own_round(0));
     meet(5, FINISHING);
 #pragma unroll 1
     for (int turn = 0; turn < OWN_ROUNDS; ++turn) {
         const u32 round = own_round(turn);
-        Chunks next_scores = scores, next_kept = kept;
-        if (turn + 1 < OWN_ROUNDS) {
-            next_scores = place.load(place.args.scores, own_round(turn + 1));
-            next_kept = place.load(place.args.grads, own_round(turn + 1));
+        Chunks next = scores;
+        if (turn + 1 < OWN_ROUNDS) next = place.load_scores(own_round(turn + 1));
+        wait_for_half(turn);
+        if (round < ROUNDS) {
+            const float along = look_first(place, round, scores);
+            place.give_part_of_row(round, make_float2(sum_of_eight(along), 0.0f));
+            place.store_tile(round, scores);
         }
-        if (round < ROUNDS) look_again(place, round, scores, kept);
-        scores = next_scores, kept = next_kept;
+        scores = next;
+    }
+    scores = place.load_scores(own_round(0));  // again: registers are short
+    meet(5, FINISHING);                        // the rows' figures of the first look have been read
+    if (own_row < TILE_M)
+        place.set_row(own_row, figures, whole_sum(place.partials + own_row, place.tiles, place.padded_rows));
+    meet(5, FINISHING);
+#pragma unroll 1
+    for (int turn = 0; turn < OWN_ROUNDS; ++turn) {
+        const u32 round = own_round(turn);
+        Chunks next = scores;
+        if (turn + 1 < OWN_ROUNDS) next = place.load_scores(own_round(turn + 1));
+        if (round < ROUNDS) look_again(place, round, scores);
+        free_half(turn, place.last);
+        scores = next;
     }
 }

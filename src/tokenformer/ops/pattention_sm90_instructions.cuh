@@ -7,9 +7,8 @@ constexpr int BYTES_A = TILE_M * TILE_K * 2, BYTES_B = TILE_N * TILE_K * 2;
 constexpr int HALF_BYTES = 64 * TILE_N * 2;  // a finished half tile, between two warpgroups
 constexpr int OFFSET_B = STAGES * BYTES_A;
 constexpr int OFFSET_HALVES = OFFSET_B + STAGES * BYTES_B;
-constexpr int OFFSET_ROWS = OFFSET_HALVES + 2 * HALF_BYTES;  // figures of the rows, of three tiles in turn
-constexpr int ROW_TURNS = 3;  // some warps end one tile, others begin the one after next, and one lies between
-constexpr int OFFSET_BARRIERS = OFFSET_ROWS + ROW_TURNS * TILE_M * 16;
+constexpr int OFFSET_ROWS = OFFSET_HALVES + 2 * HALF_BYTES;  // figures of the rows, of two tiles in turn
+constexpr int OFFSET_BARRIERS = OFFSET_ROWS + 2 * TILE_M * 16;
 // 1024 for alignment; the host asks for this much
 constexpr int SHARED_BYTES = OFFSET_BARRIERS + 2 * STAGES * 8 + 1024;
 static_assert(SHARED_BYTES == SHARED_BYTES_OF_HOST, "keep in step with pattention_sm90.py");
