@@ -34,7 +34,7 @@ _PARTS = (
     "pattention_sm90_finish.cuh",
     "pattention_sm90.cu",
 )
-_SHARED_BYTES = 218_176
+_SHARED_BYTES = 226_352
 _THREADS = 512
 _LEAST_ROWS = 1024
 _MOST_PROJECTIONS = 4  # of one launch of the backward

@@ -16,13 +16,14 @@ __device__ __forceinline__ u32* pairs_of(Chunks& chunks) { return reinterpret_ca
 // Finishing a tile. A warp has 4 rows at a time, eight threads each; rounds of 4 rows go to the warps in turn.
 struct Place {
     const Arguments& args;
-    u32 halves, rows_of_tile;           // shared memory
+    u32 halves, scores, rows_of_tile;   // shared memory; scores: of this thread alone
     u32 lane, column;                   // column: of this thread's first piece in the projection
     u64 tile_row, offset, padded_rows;  // offset: of the tile's first row and this thread's first column
     u64* partials;                      // of the tile's first row, as the statistics
     float2* statistics;
     u32 index, tiles;                   // of the tiles that share the row
-    bool last;
+    u32 which;  // of the finished tiles in shared memory
+    bool last;  // to lie there
 
     __device__ u32 row_in_tile(u32 round) const { return 4 * round + lane / 8; }
     __device__ bool has_row(u32 round) const { return tile_row + row_in_tile(round) < args.rows; }
@@ -52,6 +53,21 @@ struct Place {
 #pragma unroll
         for (int piece = 0; piece < PIECES; ++piece)
             chunks.of[piece] = has(round, piece) ? *at(args.scores, round, piece) : make_uint4(0, 0, 0, 0);
+        return chunks;
+    }
+    __device__ u32 waiting(u32 round, int piece) const { return scores + (round * PIECES + piece) * (32 * 16); }
+    __device__ void ask_for_scores(u32 round) const {
+#pragma unroll
+        for (int piece = 0; piece < PIECES; ++piece) {
+            const bool there = has(round, piece);
+            const void* from = there ? static_cast<const void*>(at(args.scores, round, piece)) : args.scores;
+            copy_begin(waiting(round, piece), from, there);
+        }
+    }
+    __device__ Chunks scores_that_wait(u32 round) const {
+        Chunks chunks;
+#pragma unroll
+        for (int piece = 0; piece < PIECES; ++piece) chunks.of[piece] = load_shared(waiting(round, piece));
         return chunks;
     }
     __device__ void store(unsigned short* matrix, u32 round, const Chunks& chunks) const {
@@ -84,14 +100,14 @@ static_assert(FINISHING_WARPS * SECOND_HALF <= ROUNDS / 2 && FINISHING_WARPS * (
 __device__ __forceinline__ u32 finishing_thread() { return threadIdx.x - MULTIPLYING; }
 __device__ __forceinline__ u32 own_round(int turn) { return finishing_thread() / 32 + FINISHING_WARPS * turn; }
 
-__device__ __forceinline__ void wait_for_half(int turn) {
-    if (turn == 0) meet(1, AT_HALF);
-    if (turn == SECOND_HALF) meet(2, AT_HALF);
+__device__ __forceinline__ void wait_for_half(const Place& place, int turn) {
+    if (turn == 0) meet(IS_FULL + OF_SECOND * place.which, AT_HALF);
+    if (turn == SECOND_HALF) meet(IS_FULL + 1 + OF_SECOND * place.which, AT_HALF);
 }
 // A finished tile has been read: the next may come. After the last there is none.
-__device__ __forceinline__ void free_half(int turn, bool last) {
-    if (turn == SECOND_HALF && !last) signal(3, AT_HALF);
-    if (turn == OWN_ROUNDS - 1 && !last) signal(4, AT_HALF);
+__device__ __forceinline__ void free_half(const Place& place, int turn) {
+    if (turn == SECOND_HALF && !place.last) signal(IS_EMPTY + OF_SECOND * place.which, AT_HALF);
+    if (turn == OWN_ROUNDS - 1 && !place.last) signal(IS_EMPTY + 1 + OF_SECOND * place.which, AT_HALF);
 }
 
 __device__ __forceinline__ void store_weights(const Place& place, u32 round, Chunks& scores) {
@@ -119,13 +135,13 @@ __device__ __forceinline__ void finish_forward(const Place& place) {
 #pragma unroll
     for (int turn = 0; turn < OWN_ROUNDS; ++turn) {
         const u32 round = own_round(turn);
-        wait_for_half(turn);
+        wait_for_half(place, turn);
         if (round < ROUNDS) {
             Chunks scores = place.load_tile(round);
             if (place.args.scores != nullptr) place.store(place.args.scores, round, scores);
             store_weights(place, round, scores);
         }
-        free_half(turn, place.last);
+        free_half(place, turn);
     }
 }
 
@@ -167,18 +183,24 @@ __device__ __forceinline__ void finish_backward_alone(const Place& place) {
 #pragma unroll
     for (int turn = 0; turn < OWN_ROUNDS; ++turn) {
         const u32 round = own_round(turn);
-        wait_for_half(turn);
+        wait_for_half(place, turn);
         if (round < ROUNDS) {
             look_first(place, round, held[turn]);
             place.store(place.args.grads, round, held[turn]);
         }
-        free_half(turn, place.last);
+        free_half(place, turn);
     }
 }
 
-// Between the two looks lies the sum over the row. What the second needs waits in the finished tile's place, as a loop that
-// is not unrolled was faster than holding it in registers.
-__device__ __forceinline__ void finish_backward_of_rows(const Place& place) {
+__device__ __forceinline__ void ask_for_scores(const Place& place) {
+#pragma unroll 1
+    for (int turn = 0; turn < OWN_ROUNDS; ++turn)
+        if (own_round(turn) < ROUNDS) place.ask_for_scores(own_round(turn));
+}
+
+// Between the two looks lies the sum over the row. What the second needs waits in shared memory: gradients in the finished tile's
+// place, scores where they came to while the tile was multiplied; then those of the next tile are asked for.
+__device__ __forceinline__ void finish_backward_of_rows(const Place& place, const Place& next) {
     const u32 own_row = finishing_thread();
     float2 figures = make_float2(1.0f, 1.0f);
     if (own_row < TILE_M) {
@@ -186,33 +208,30 @@ __device__ __forceinline__ void finish_backward_of_rows(const Place& place) {
             figures = place.statistics[own_row * static_cast<u64>(place.args.statistics_stride)];
         place.set_row(own_row, figures, 0.0f);
     }
-    Chunks scores = place.load_scores(own_round(0));
+    copies_wait();
     meet(5, FINISHING);
 #pragma unroll 1
     for (int turn = 0; turn < OWN_ROUNDS; ++turn) {
         const u32 round = own_round(turn);
-        Chunks next = scores;
-        if (turn + 1 < OWN_ROUNDS) next = place.load_scores(own_round(turn + 1));
-        wait_for_half(turn);
-        if (round < ROUNDS) {
-            const float along = look_first(place, round, scores);
-            place.give_part_of_row(round, make_float2(sum_of_eight(along), 0.0f));
-            place.store_tile(round, scores);
-        }
-        scores = next;
+        wait_for_half(place, turn);
+        if (round >= ROUNDS) continue;
+        Chunks scores = place.scores_that_wait(round);
+        const float along = look_first(place, round, scores);
+        place.give_part_of_row(round, make_float2(sum_of_eight(along), 0.0f));
+        place.store_tile(round, scores);
     }
-    scores = place.load_scores(own_round(0));  // again: registers are short
-    meet(5, FINISHING);                        // the rows' figures of the first look have been read
+    meet(5, FINISHING);  // the rows' figures of the first look have been read
     if (own_row < TILE_M)
         place.set_row(own_row, figures, whole_sum(place.partials + own_row, place.tiles, place.padded_rows));
     meet(5, FINISHING);
 #pragma unroll 1
     for (int turn = 0; turn < OWN_ROUNDS; ++turn) {
         const u32 round = own_round(turn);
-        Chunks next = scores;
-        if (turn + 1 < OWN_ROUNDS) next = place.load_scores(own_round(turn + 1));
-        if (round < ROUNDS) look_again(place, round, scores);
-        free_half(turn, place.last);
-        scores = next;
+        if (round < ROUNDS) {
+            Chunks scores = place.scores_that_wait(round);
+            look_again(place, round, scores);
+            if (!place.last) next.ask_for_scores(round);
+        }
+        free_half(place, turn);
     }
 }

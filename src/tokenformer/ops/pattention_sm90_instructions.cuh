@@ -2,16 +2,20 @@
 
 constexpr int BLOCKS = BLOCKS_OF_CLUSTER;
 constexpr int MOST_PROJECTIONS = 4;  // whose gradients a backward takes at once
-constexpr int TILE_M = 128, TILE_N = 192, TILE_K = 64, STAGES = 4;
+constexpr int TILE_M = 128, TILE_N = 192, TILE_K = 64, STAGES = NEEDS_ROW ? 3 : 4;
+// Where a row's sum is waited for, the forward has a second finished tile, and the backward the scores of one.
+constexpr int FINISHED = NEEDS_ROW && !BACKWARD ? 2 : 1;
+constexpr bool SCORES_WAIT = NEEDS_ROW && BACKWARD;
 constexpr int BYTES_A = TILE_M * TILE_K * 2, BYTES_B = TILE_N * TILE_K * 2;
 constexpr int HALF_BYTES = 64 * TILE_N * 2;  // a finished half tile, between two warpgroups
 constexpr int OFFSET_B = STAGES * BYTES_A;
 constexpr int OFFSET_HALVES = OFFSET_B + STAGES * BYTES_B;
-constexpr int OFFSET_ROWS = OFFSET_HALVES + 2 * HALF_BYTES;  // figures of the rows, of two tiles in turn
+constexpr int OFFSET_SCORES = OFFSET_HALVES + FINISHED * 2 * HALF_BYTES;
+constexpr int OFFSET_ROWS = OFFSET_SCORES + SCORES_WAIT * 2 * HALF_BYTES;  // figures of the rows, of two tiles in turn
 constexpr int OFFSET_BARRIERS = OFFSET_ROWS + 2 * TILE_M * 16;
 // 1024 for alignment; the host asks for this much
 constexpr int SHARED_BYTES = OFFSET_BARRIERS + 2 * STAGES * 8 + 1024;
-static_assert(SHARED_BYTES == SHARED_BYTES_OF_HOST, "keep in step with pattention_sm90.py");
+static_assert(SHARED_BYTES <= SHARED_BYTES_OF_HOST, "keep in step with pattention_sm90.py");
 
 struct alignas(64) TensorMap { u64 opaque[16]; };
 struct TensorMaps { TensorMap of[MOST_PROJECTIONS]; };
@@ -62,8 +66,10 @@ __device__ __forceinline__ void barrier_wait(u32 barrier, u32 phase) {
 constexpr int MULTIPLYING = 256, FINISHING_WARPS = 7, FINISHING = 32 * FINISHING_WARPS;
 constexpr int THREADS = MULTIPLYING + FINISHING + 32;
 
-// Named barriers: 1, 2 a half tile is full; 3, 4 it is empty; 5 among the threads that finish them.
+// Named barriers: 1, 2 a half tile is full; 3, 4 it is empty; 6 to 9 likewise of a second tile; 5 among the threads that
+// finish them.
 constexpr int AT_HALF = 128 + FINISHING;
+constexpr int IS_FULL = 1, IS_EMPTY = 3, OF_SECOND = 5;
 
 __device__ __forceinline__ void meet(int name, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(name), "r"(threads) : "memory");
@@ -72,6 +78,13 @@ __device__ __forceinline__ void meet(int name, int threads) {
 __device__ __forceinline__ void signal(int name, int threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(name), "r"(threads) : "memory");
 }
+
+// 16 bytes into shared memory, zeros unless `there`; for the thread that asked, after copies_wait.
+__device__ __forceinline__ void copy_begin(u32 to, const void* from, bool there) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(there ? 16 : 0) : "memory");
+}
+
+__device__ __forceinline__ void copies_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 __device__ __forceinline__ void meet_cluster() {
     asm volatile(
