@@ -116,6 +116,7 @@ def test_host_and_kernel_agree_on_sizes_and_arguments(tmp_path: Path) -> None:
     defines = {
         "KIND": 1,
         "TANH": 0,
+        "BACKWARD": 1,
         "SHARED_BYTES_OF_HOST": pattention_sm90._SHARED_BYTES,
         "BLOCKS_OF_CLUSTER": pattention_sm90.BLOCKS,
     }
