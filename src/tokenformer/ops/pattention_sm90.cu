@@ -102,8 +102,8 @@ __device__ __forceinline__ void give_squares(const float (&sums)[96], u64* parts
 __device__ __forceinline__ void multiply_tiles(const Arguments& args, Ring ring, u32 which, u32 block) {
     const Schedule schedule(args);
     const u32 steps = (args.inner + TILE_K - 1) / TILE_K;
+    const u32 half = ring.base + OFFSET_HALVES + which * HALF_BYTES;
     float sums[96];
-    u32 place = 0;
     for (u32 number = blockIdx.x / BLOCKS; number < schedule.total; number += gridDim.x / BLOCKS) {
         u32 previous = 0;
         for (u32 step = 0; step < steps; ++step, ring.advance()) {
@@ -126,34 +126,31 @@ __device__ __forceinline__ void multiply_tiles(const Arguments& args, Ring ring,
             const Tile tile = schedule(number, block);
             give_squares(sums, partials_of(args, schedule, tile) + tile.index * padded_rows_of(args) + 64 * which);
         }
-        meet(IS_EMPTY + which + OF_SECOND * place, AT_HALF);
-        give_half(sums, ring.base + OFFSET_HALVES + (2 * place + which) * HALF_BYTES);
-        signal(IS_FULL + which + OF_SECOND * place, AT_HALF);
-        if (FINISHED == 2) place ^= 1;
+        meet(3 + which, AT_HALF);
+        give_half(sums, half);
+        signal(1 + which, AT_HALF);
     }
 }
 
 __device__ __forceinline__ Place place_of(const Arguments& args, const Schedule& schedule, u32 base, u32 number, u32 block, u32 turn) {
-    const u32 lane = threadIdx.x & 31, which = FINISHED == 2 ? turn : 0;
+    const u32 lane = threadIdx.x & 31;
     const Tile tile = schedule(number, block);
     const u32 column = tile.token + (lane & 7) * 8;
     return {
-        args, base + OFFSET_HALVES + which * 2 * HALF_BYTES, base + OFFSET_SCORES + lane * 16,
+        args, base + OFFSET_HALVES, base + OFFSET_SCORES + lane * 16,
         base + OFFSET_ROWS + turn * (TILE_M * 16), lane, column, tile.row,
         tile.row * args.row_stride + static_cast<u64>(tile.projection) * args.n + column, padded_rows_of(args),
         partials_of(args, schedule, tile),
         args.statistics + static_cast<u64>(tile.row) * args.statistics_stride + tile.projection,
-        tile.index, schedule.tiles_per_row, which, number + FINISHED * (gridDim.x / BLOCKS) >= schedule.total};
+        tile.index, schedule.tiles_per_row, number + gridDim.x / BLOCKS >= schedule.total};
 }
 
 __device__ __forceinline__ void finish_tiles(const Arguments& args, u32 base, u32 block) {
     const Schedule schedule(args);
     const u32 first = blockIdx.x / BLOCKS, stride = gridDim.x / BLOCKS;
-    for (u32 which = 0; which < FINISHED && first + which * stride < schedule.total; ++which) {
-        signal(IS_EMPTY + OF_SECOND * which, AT_HALF);
-        signal(IS_EMPTY + 1 + OF_SECOND * which, AT_HALF);
-    }
     u32 turn = 0;
+    signal(3, AT_HALF);
+    signal(4, AT_HALF);
     if (SCORES_WAIT && first < schedule.total) ask_for_scores(place_of(args, schedule, base, first, block, turn));
     for (u32 number = first; number < schedule.total; number += stride, turn ^= 1) {
         const Place place = place_of(args, schedule, base, number, block, turn);

@@ -22,8 +22,7 @@ struct Place {
     u64* partials;                      // of the tile's first row, as the statistics
     float2* statistics;
     u32 index, tiles;                   // of the tiles that share the row
-    u32 which;  // of the finished tiles in shared memory
-    bool last;  // to lie there
+    bool last;
 
     __device__ u32 row_in_tile(u32 round) const { return 4 * round + lane / 8; }
     __device__ bool has_row(u32 round) const { return tile_row + row_in_tile(round) < args.rows; }
@@ -100,14 +99,14 @@ static_assert(FINISHING_WARPS * SECOND_HALF <= ROUNDS / 2 && FINISHING_WARPS * (
 __device__ __forceinline__ u32 finishing_thread() { return threadIdx.x - MULTIPLYING; }
 __device__ __forceinline__ u32 own_round(int turn) { return finishing_thread() / 32 + FINISHING_WARPS * turn; }
 
-__device__ __forceinline__ void wait_for_half(const Place& place, int turn) {
-    if (turn == 0) meet(IS_FULL + OF_SECOND * place.which, AT_HALF);
-    if (turn == SECOND_HALF) meet(IS_FULL + 1 + OF_SECOND * place.which, AT_HALF);
+__device__ __forceinline__ void wait_for_half(int turn) {
+    if (turn == 0) meet(1, AT_HALF);
+    if (turn == SECOND_HALF) meet(2, AT_HALF);
 }
 // A finished tile has been read: the next may come. After the last there is none.
-__device__ __forceinline__ void free_half(const Place& place, int turn) {
-    if (turn == SECOND_HALF && !place.last) signal(IS_EMPTY + OF_SECOND * place.which, AT_HALF);
-    if (turn == OWN_ROUNDS - 1 && !place.last) signal(IS_EMPTY + 1 + OF_SECOND * place.which, AT_HALF);
+__device__ __forceinline__ void free_half(int turn, bool last) {
+    if (turn == SECOND_HALF && !last) signal(3, AT_HALF);
+    if (turn == OWN_ROUNDS - 1 && !last) signal(4, AT_HALF);
 }
 
 __device__ __forceinline__ void store_weights(const Place& place, u32 round, Chunks& scores) {
@@ -135,13 +134,13 @@ __device__ __forceinline__ void finish_forward(const Place& place) {
 #pragma unroll
     for (int turn = 0; turn < OWN_ROUNDS; ++turn) {
         const u32 round = own_round(turn);
-        wait_for_half(place, turn);
+        wait_for_half(turn);
         if (round < ROUNDS) {
             Chunks scores = place.load_tile(round);
             if (place.args.scores != nullptr) place.store(place.args.scores, round, scores);
             store_weights(place, round, scores);
         }
-        free_half(place, turn);
+        free_half(turn, place.last);
     }
 }
 
@@ -183,12 +182,12 @@ __device__ __forceinline__ void finish_backward_alone(const Place& place) {
 #pragma unroll
     for (int turn = 0; turn < OWN_ROUNDS; ++turn) {
         const u32 round = own_round(turn);
-        wait_for_half(place, turn);
+        wait_for_half(turn);
         if (round < ROUNDS) {
             look_first(place, round, held[turn]);
             place.store(place.args.grads, round, held[turn]);
         }
-        free_half(place, turn);
+        free_half(turn, place.last);
     }
 }
 
@@ -213,7 +212,7 @@ __device__ __forceinline__ void finish_backward_of_rows(const Place& place, cons
 #pragma unroll 1
     for (int turn = 0; turn < OWN_ROUNDS; ++turn) {
         const u32 round = own_round(turn);
-        wait_for_half(place, turn);
+        wait_for_half(turn);
         if (round >= ROUNDS) continue;
         Chunks scores = place.scores_that_wait(round);
         const float along = look_first(place, round, scores);
@@ -232,6 +231,6 @@ __device__ __forceinline__ void finish_backward_of_rows(const Place& place, cons
             look_again(place, round, scores);
             if (!place.last) next.ask_for_scores(round);
         }
-        free_half(place, turn);
+        free_half(turn, place.last);
     }
 }

@@ -2,15 +2,14 @@
 
 constexpr int BLOCKS = BLOCKS_OF_CLUSTER;
 constexpr int MOST_PROJECTIONS = 4;  // whose gradients a backward takes at once
-constexpr int TILE_M = 128, TILE_N = 192, TILE_K = 64, STAGES = NEEDS_ROW ? 3 : 4;
-// Where a row's sum is waited for, the forward has a second finished tile, and the backward the scores of one.
-constexpr int FINISHED = NEEDS_ROW && !BACKWARD ? 2 : 1;
+// A backward that needs whole rows has the scores of a tile in shared memory, too.
 constexpr bool SCORES_WAIT = NEEDS_ROW && BACKWARD;
+constexpr int TILE_M = 128, TILE_N = 192, TILE_K = 64, STAGES = SCORES_WAIT ? 3 : 4;
 constexpr int BYTES_A = TILE_M * TILE_K * 2, BYTES_B = TILE_N * TILE_K * 2;
 constexpr int HALF_BYTES = 64 * TILE_N * 2;  // a finished half tile, between two warpgroups
 constexpr int OFFSET_B = STAGES * BYTES_A;
 constexpr int OFFSET_HALVES = OFFSET_B + STAGES * BYTES_B;
-constexpr int OFFSET_SCORES = OFFSET_HALVES + FINISHED * 2 * HALF_BYTES;
+constexpr int OFFSET_SCORES = OFFSET_HALVES + 2 * HALF_BYTES;
 constexpr int OFFSET_ROWS = OFFSET_SCORES + SCORES_WAIT * 2 * HALF_BYTES;  // figures of the rows, of two tiles in turn
 constexpr int OFFSET_BARRIERS = OFFSET_ROWS + 2 * TILE_M * 16;
 // 1024 for alignment; the host asks for this much
@@ -66,10 +65,8 @@ __device__ __forceinline__ void barrier_wait(u32 barrier, u32 phase) {
 constexpr int MULTIPLYING = 256, FINISHING_WARPS = 7, FINISHING = 32 * FINISHING_WARPS;
 constexpr int THREADS = MULTIPLYING + FINISHING + 32;
 
-// Named barriers: 1, 2 a half tile is full; 3, 4 it is empty; 6 to 9 likewise of a second tile; 5 among the threads that
-// finish them.
+// Named barriers: 1, 2 a half tile is full; 3, 4 it is empty; 5 among the threads that finish them.
 constexpr int AT_HALF = 128 + FINISHING;
-constexpr int IS_FULL = 1, IS_EMPTY = 3, OF_SECOND = 5;
 
 __device__ __forceinline__ void meet(int name, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(name), "r"(threads) : "memory");
