@@ -30,7 +30,7 @@ def _few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     if DEVICE == "cpu":
         from tokenformer.ops import decode, decode_batch
 
-        def batch_tile(rows: int, columns: int, most_splits: int = 16) -> decode_batch.BatchTile:
+        def batch_tile(rows: int, columns: int, most_splits: int = 16, **_: int) -> decode_batch.BatchTile:
             pieces = max(2, -(-columns // (16 * most_splits)))
             return decode_batch.BatchTile(rows=32, piece=16, pieces=pieces, held=1)
 

@@ -153,9 +153,10 @@ class BatchedStep:
         from tokenformer.ops.decode_batch import choose_batch_tile, terms_of
 
         plans = []
+        vectors_read = self._batch * terms_of(self._dtype)
         for product in products:
             projections, rows, columns = product.matrix.weight.shape
-            tile = choose_batch_tile(projections * rows, columns, most_splits)
+            tile = choose_batch_tile(projections * rows, columns, most_splits, vectors=vectors_read)
             vectors = None
             if product.how is not None:
                 shape = self._batch, terms_of(self._dtype), projections, columns

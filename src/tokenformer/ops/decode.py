@@ -215,9 +215,10 @@ def look_up(tokens: Tensor, table: Tensor, out: Tensor, *, launch: Launch = PLAI
     embed[grid](tokens, table, out, hidden, BLOCK=1024, **options)
 
 
-def launch_options(warps: int, launch: Launch) -> dict[str, Any]:
-    """What a kernel that asks for its weights before it waits is compiled and launched with."""
+def launch_options(warps: int, launch: Launch, registers: int = _REGISTERS_FOR_THREE) -> dict[str, Any]:
+    """What a kernel that asks for its weights before it waits is compiled and launched with; at most so many registers
+    a thread, where it has four warps."""
     if not launch.hopper:
         return {"num_warps": warps}
     options = {"num_warps": warps, "launch_pdl": True}
-    return options | {"maxnreg": _REGISTERS_FOR_THREE} if warps == 4 else options
+    return options | {"maxnreg": registers} if warps == 4 else options

@@ -19,7 +19,12 @@ from tokenformer.ops.decode_batch_triton import product as _product
 from tokenformer.ops.decode_triton import LAYER_NORM, SCORES
 from tokenformer.ops.pattention import NORM_ACTIVATIONS, WeightKind
 
-_PROGRAMS = 132  # at least, where there is that much: the multiprocessors of a Hopper GPU
+_MULTIPROCESSORS = 132  # of a Hopper GPU
+_THIRD = _MULTIPROCESSORS // 3
+_SHARED_BYTES = 228 * 1024  # of one
+_SHARED_BYTES_OF_A_PROGRAM = 1024  # besides those it asks for
+_MOST_HELD = 3  # pieces
+_MOST_REGISTERS = 255  # of a thread
 _LARGEST_VECTOR_PIECE = 1024
 _GELU = WeightKind("gelu", 1.0)
 _JOINED_PIECE = 512
@@ -51,18 +56,60 @@ class BatchTile(NamedTuple):
         return -(-columns // (self.piece * self.pieces))
 
 
-def choose_batch_tile(rows: int, columns: int, most_splits: int = 16) -> BatchTile:
-    """For a matrix [rows, columns]: of those tiles with which all multiprocessors have a program, the one of the most
-    rows and columns. More pieces than can be held, for want of splits, go through shared memory."""
+def choose_batch_tile(rows: int, columns: int, most_splits: int = 16, *, vectors: int) -> BatchTile:
+    """For a matrix [rows, columns] and so many vectors (sequences times terms).
+
+    Each program reads vectors besides its part of the matrix, and its sums are added up by the kernel after: the fewer
+    programs the less of both. But programs on two thirds of the multiprocessors are needed to read at full speed, and
+    those that have no place at once, for want of shared memory, read nothing before the kernel before has ended.
+
+    - 128 rows of three pieces, if these programs have a place at once, and all multiprocessors one.
+    - Else 64 rows, and the most pieces with which two thirds of the multiprocessors have a program, up to three; fewer
+      rows of a small matrix, which would not keep a third of them at work.
+
+    From 17 vectors on these are a third of what programs of 64 rows read. Larger ones are better then: of 128 rows if a
+    third of the multiprocessors have one, or of more than three pieces if no multiprocessor has two.
+    """
     piece = min(1 << max(4, (columns - 1).bit_length()), 128)
     count = -(-columns // piece)
-    for tile_rows in (64, 32, 16):
-        for held in (3, 2, 1):
-            pieces = min(max(held, -(-count // most_splits)), count)
-            tile = BatchTile(tile_rows, piece, pieces, pieces if pieces <= held else 1)
-            if -(-rows // tile_rows) * tile.splits(columns) >= _PROGRAMS:
-                return tile
-    return tile
+    width = width_of(vectors)
+    is_wide = width > 16
+
+    held = min(_MOST_HELD, count)
+    tile = BatchTile(128, piece, held, held, warps=8)
+    programs = -(-rows // tile.rows) * tile.splits(columns)
+    places = _MULTIPROCESSORS * _places(tile.rows, width, piece * held)
+    if (
+        tile.splits(columns) <= most_splits
+        and (_THIRD if is_wide else _MULTIPROCESSORS) <= programs <= places
+    ):
+        return tile
+
+    most = min(count, most_splits)
+    height = next((height for height in (64, 32) if -(-rows // height) * most >= _THIRD), 16)
+    blocks = -(-rows // height)
+    fewest = -(-count // most)  # pieces
+    pieces = max(fewest, count // -(-2 * _THIRD // blocks))
+    if pieces > _MOST_HELD and not (is_wide and blocks * -(-count // pieces) <= _MULTIPROCESSORS):
+        pieces = max(fewest, _MOST_HELD)
+    if pieces <= _MOST_HELD:
+        return BatchTile(height, piece, pieces, pieces)
+    if blocks * -(-count // pieces) <= _MULTIPROCESSORS:
+        return BatchTile(height, piece, pieces, held=2)
+    # two programs on a multiprocessor are better than one, and then more stages; there is one besides these
+    stages = next((stages for stages in (4, 3) if _places(height, width, piece * (stages + 1)) >= 2), 2)
+    return BatchTile(height, piece, pieces, held=1, stages=stages)
+
+
+def width_of(vectors: int) -> int:
+    """Columns of the tile of so many vectors."""
+    return max(16, 1 << (vectors - 1).bit_length())
+
+
+def _places(rows: int, width: int, columns: int) -> int:
+    """Programs on a multiprocessor that hold so many columns of the matrix and the vectors, of 16 bits, in its shared
+    memory, which matrix instructions read."""
+    return _SHARED_BYTES // (2 * (rows + width) * columns + _SHARED_BYTES_OF_A_PROGRAM)
 
 
 def terms_of(dtype: torch.dtype) -> int:
@@ -159,6 +206,9 @@ def multiply_batch(
     """
     projections, rows, columns = matrix.weight.shape
     b, terms, own_projections, _ = vectors.shape
+    options = launch_options(tile.warps, launch)
+    if tile.held < tile.pieces:  # of which no three have a place
+        options = launch_options(tile.warps, launch, registers=_MOST_REGISTERS)
     _product[(projections * -(-rows // tile.rows), out.shape[0])](
         vectors,
         matrix.weight,
@@ -177,12 +227,12 @@ def multiply_batch(
         BIASED=matrix.bias is not None,
         TERMS=terms,
         ROWS=tile.rows,
-        WIDTH=max(16, 1 << (b * terms - 1).bit_length()),
+        WIDTH=width_of(b * terms),
         PIECE=tile.piece,
         PIECES=tile.pieces,
         HELD=tile.held,
         STAGES=tile.stages,
         THREADS=32 * tile.warps,
         HOPPER=launch.hopper,
-        **launch_options(tile.warps, launch),
+        **options,
     )
