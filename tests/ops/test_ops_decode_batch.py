@@ -149,6 +149,18 @@ def test_tiles_keep_the_memory_at_work(vectors: int) -> None:
             assert programs <= 132 * (228 * 1024 // (shared + 1024))  # all have a place at once
 
 
+@pytest.mark.parametrize("vectors", [4, 16, 32, 64])
+def test_a_smaller_gpu_has_room_for_its_tiles(vectors: int) -> None:
+    """100 KB of shared memory, as GPUs for desks have."""
+    from tokenformer.ops.decode_batch import Gpu, choose_batch_tile, width_of
+
+    for rows, columns in ((768, 768), (4608, 1536), (6144, 1536), (1536, 6144), (8192, 2048), (50304, 1536)):
+        for most_splits in (1, 16):
+            tile = choose_batch_tile(rows, columns, most_splits, vectors=vectors, gpu=Gpu(128, 100 * 1024))
+            pieces = tile.held if tile.held == tile.pieces else 1 + tile.stages
+            assert 2 * (tile.rows + width_of(vectors)) * tile.piece * pieces <= 99 * 1024
+
+
 @pytest.mark.parametrize(("vectors", "stages"), [(8, 4), (32, 3), (64, 2)])
 def test_two_programs_of_a_head_find_a_place(vectors: int, stages: int) -> None:
     from tokenformer.ops.decode_batch import BatchTile, choose_batch_tile

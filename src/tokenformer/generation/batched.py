@@ -150,13 +150,13 @@ class BatchedStep:
         return plan.parts
 
     def _plan(self, products: Sequence[Product], most_splits: int = 16) -> list[_Plan]:
-        from tokenformer.ops.decode_batch import choose_batch_tile, terms_of
+        from tokenformer.ops.decode_batch import choose_batch_tile, gpu_of, terms_of
 
         plans = []
-        vectors_read = self._batch * terms_of(self._dtype)
+        vectors_read, gpu = self._batch * terms_of(self._dtype), gpu_of(self._x.device)
         for product in products:
             projections, rows, columns = product.matrix.weight.shape
-            tile = choose_batch_tile(projections * rows, columns, most_splits, vectors=vectors_read)
+            tile = choose_batch_tile(projections * rows, columns, most_splits, vectors=vectors_read, gpu=gpu)
             vectors = None
             if product.how is not None:
                 shape = self._batch, terms_of(self._dtype), projections, columns

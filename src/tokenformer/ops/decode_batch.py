@@ -7,6 +7,7 @@ projections, d hidden, h heads, e head size, s parts of attention, n parameter t
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -19,9 +20,6 @@ from tokenformer.ops.decode_batch_triton import product as _product
 from tokenformer.ops.decode_triton import LAYER_NORM, SCORES
 from tokenformer.ops.pattention import NORM_ACTIVATIONS, WeightKind
 
-_MULTIPROCESSORS = 132  # of a Hopper GPU
-_THIRD = _MULTIPROCESSORS // 3
-_SHARED_BYTES = 228 * 1024  # of one
 _SHARED_BYTES_OF_A_PROGRAM = 1024  # besides those it asks for
 _MOST_HELD = 3  # pieces
 _MOST_REGISTERS = 255  # of a thread
@@ -56,7 +54,37 @@ class BatchTile(NamedTuple):
         return -(-columns // (self.piece * self.pieces))
 
 
-def choose_batch_tile(rows: int, columns: int, most_splits: int = 16, *, vectors: int) -> BatchTile:
+class Gpu(NamedTuple):
+    """What tiles are chosen for: multiprocessors, and the bytes of shared memory that one has."""
+
+    multiprocessors: int
+    shared_bytes: int
+
+    def places(self, rows: int, width: int, columns: int) -> int:
+        """Programs on a multiprocessor that hold so many columns of rows and vectors, of 16 bits, in its shared memory,
+        which matrix instructions read."""
+        return self.shared_bytes // (2 * (rows + width) * columns + _SHARED_BYTES_OF_A_PROGRAM)
+
+
+HOPPER = Gpu(132, 228 * 1024)
+
+
+@cache
+def gpu_of(device: torch.device) -> Gpu:
+    """Those of a CUDA device; of a Hopper GPU for other devices."""
+    if device.type != "cuda":
+        return HOPPER
+    from triton.runtime import driver
+
+    index = torch.cuda.current_device() if device.index is None else device.index
+    most = driver.active.utils.get_device_properties(index)["max_shared_mem"]  # that one program may have
+    count = torch.cuda.get_device_properties(index).multi_processor_count
+    return Gpu(count, most + _SHARED_BYTES_OF_A_PROGRAM)
+
+
+def choose_batch_tile(
+    rows: int, columns: int, most_splits: int = 16, *, vectors: int, gpu: Gpu = HOPPER
+) -> BatchTile:
     """For a matrix [rows, columns] and so many vectors (sequences times terms).
 
     Each program reads vectors besides its part of the matrix, and its sums are added up by the kernel after: the fewer
@@ -72,44 +100,38 @@ def choose_batch_tile(rows: int, columns: int, most_splits: int = 16, *, vectors
     """
     piece = min(1 << max(4, (columns - 1).bit_length()), 128)
     count = -(-columns // piece)
-    width = width_of(vectors)
-    is_wide = width > 16
-
     held = min(_MOST_HELD, count)
-    tile = BatchTile(128, piece, held, held, warps=8)
-    programs = -(-rows // tile.rows) * tile.splits(columns)
-    places = _MULTIPROCESSORS * _places(tile.rows, width, piece * held)
-    if (
-        tile.splits(columns) <= most_splits
-        and (_THIRD if is_wide else _MULTIPROCESSORS) <= programs <= places
-    ):
-        return tile
+    width = width_of(vectors)
+    tall = BatchTile(128, piece, held, held, warps=8)
+    programs = -(-rows // tall.rows) * tall.splits(columns)
+    fewest = gpu.multiprocessors // (3 if width > 16 else 1)
+    places = gpu.multiprocessors * gpu.places(tall.rows, width, piece * held)
+    if tall.splits(columns) <= most_splits and fewest <= programs <= places:
+        return tall
+    return _low_tile(rows, piece, count, min(count, most_splits), width, gpu)
 
-    most = min(count, most_splits)
-    height = next((height for height in (64, 32) if -(-rows // height) * most >= _THIRD), 16)
+
+def _low_tile(rows: int, piece: int, count: int, most_splits: int, width: int, gpu: Gpu) -> BatchTile:
+    """Of 64 rows or fewer, and ``count`` pieces in all."""
+    third = gpu.multiprocessors // 3
+    height = next((height for height in (64, 32) if -(-rows // height) * most_splits >= third), 16)
     blocks = -(-rows // height)
-    fewest = -(-count // most)  # pieces
-    pieces = max(fewest, count // -(-2 * _THIRD // blocks))
-    if pieces > _MOST_HELD and not (is_wide and blocks * -(-count // pieces) <= _MULTIPROCESSORS):
+    fewest = -(-count // most_splits)
+    pieces = max(fewest, count // -(-2 * third // blocks))
+    if pieces > _MOST_HELD and (width == 16 or blocks * -(-count // pieces) > gpu.multiprocessors):
         pieces = max(fewest, _MOST_HELD)
     if pieces <= _MOST_HELD:
         return BatchTile(height, piece, pieces, pieces)
-    if blocks * -(-count // pieces) <= _MULTIPROCESSORS:
-        return BatchTile(height, piece, pieces, held=2)
-    # two programs on a multiprocessor are better than one, and then more stages; there is one besides these
-    stages = next((stages for stages in (4, 3) if _places(height, width, piece * (stages + 1)) >= 2), 2)
-    return BatchTile(height, piece, pieces, held=1, stages=stages)
+    # one program on each, or better two, and then more stages; there is a piece besides these
+    is_one = blocks * -(-count // pieces) <= gpu.multiprocessors
+    wanted = 1 if is_one else 2
+    stages = next((n for n in (4, 3) if gpu.places(height, width, piece * (n + 1)) >= wanted), 2)
+    return BatchTile(height, piece, pieces, held=2 if is_one else 1, stages=stages)
 
 
 def width_of(vectors: int) -> int:
     """Columns of the tile of so many vectors."""
     return max(16, 1 << (vectors - 1).bit_length())
-
-
-def _places(rows: int, width: int, columns: int) -> int:
-    """Programs on a multiprocessor that hold so many columns of the matrix and the vectors, of 16 bits, in its shared
-    memory, which matrix instructions read."""
-    return _SHARED_BYTES // (2 * (rows + width) * columns + _SHARED_BYTES_OF_A_PROGRAM)
 
 
 def terms_of(dtype: torch.dtype) -> int:

@@ -181,10 +181,8 @@ def product(
     row = first_row + tl.arange(0, ROWS)[:, None]
     first = split * (PIECES * PIECE)
     weight += (projection * rows + first_row).to(tl.int64) * columns
-    if HOPPER:
-        _prefetch(
-            coming, coming_bytes, THREADS
-        )  # first: the tile goes to shared memory as soon as it is there
+    if HOPPER:  # before the loads: the tile goes to shared memory as soon as it is there
+        _prefetch(coming, coming_bytes, THREADS)
     tiles = ()
     for i in tl.static_range(HELD):
         tiles = tiles + (_matrix_tile(weight, first + i * PIECE, row, rows, columns, PIECE),)  # noqa: RUF005

@@ -5,12 +5,10 @@ The instructions are the same for every GPU with float8; the interpreter, which 
 
 from __future__ import annotations
 
-import os
-
 import triton
 import triton.language as tl
 
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+from tokenformer.ops.pattention_triton_math import INTERPRETED
 
 _RESCALE = tl.constexpr("""
 {
