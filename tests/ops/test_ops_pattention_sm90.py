@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tokenformer.ops import pattention_sm90
+from tokenformer.ops import pattention_sm90, pattention_sm90_driver
 from tokenformer.ops.pattention import NORM_ACTIVATIONS, WeightKind, attention_weights
 
 SOURCES = Path(pattention_sm90.__file__).parent
@@ -117,7 +117,7 @@ def test_host_and_kernel_agree_on_sizes_and_arguments(tmp_path: Path) -> None:
         "KIND": 1,
         "TANH": 0,
         "BACKWARD": 1,
-        "SHARED_BYTES_OF_HOST": pattention_sm90._SHARED_BYTES,
+        "SHARED_BYTES_OF_HOST": pattention_sm90_driver.SHARED_BYTES,
         "BLOCKS_OF_CLUSTER": pattention_sm90.BLOCKS,
     }
     part = compiled(tmp_path, parts, LAYOUT, **defines)

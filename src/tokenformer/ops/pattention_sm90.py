@@ -1,44 +1,38 @@
 """Pattention's products that give scores, or the gradients of weights, with everything a score goes through next: one
 CUDA kernel for Hopper GPUs, ``pattention_sm90.cu``, compiled when it is first needed.
 
-The compiler is NVRTC, the launches go through the driver; both come with torch's CUDA builds (``cuda-bindings``).
-Compiled kernels are kept in Triton's cache. What it computes is that of :mod:`tokenformer.ops.pattention_rows` behind
-a product, which also serves where this does not.
+What it computes is that of :mod:`tokenformer.ops.pattention_rows` behind a product, which also serves where this does
+not.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import importlib.util
 import math
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tokenformer.ops.pattention import NORM_ACTIVATIONS, WeightKind
+from tokenformer.ops.pattention import WeightKind
+from tokenformer.ops.pattention_sm90_driver import (
+    BLOCKS,
+    MAP_BYTES,
+    SHARED_BYTES,
+    check,
+    compiled_kernel,
+    tensor_map,
+)
 
 TILE_ROWS, TILE_TOKENS, TILE_INNER = 128, 192, 64
 """Of a block: its rows, its parameter tokens, and how much of the inner axis is loaded at a time."""
-BLOCKS = 2
-"""Of a cluster, one below the other."""
-_PARTS = (
-    "pattention_sm90_math.cuh",
-    "pattention_sm90_instructions.cuh",
-    "pattention_sm90_rows.cuh",
-    "pattention_sm90_finish.cuh",
-    "pattention_sm90.cu",
-)
-_SHARED_BYTES = 226_352
 _THREADS = 512
 _LEAST_ROWS = 1024
 _MOST_PROJECTIONS = 4  # of one launch of the backward
-_MAP_BYTES = 128
 FORWARD_KINDS = ("gelu", "l2_norm_gelu")
 """Whose forward the kernel can do; every kind's backward."""
 PAYS = {
@@ -190,8 +184,8 @@ def _launch(
         kind.norm_eps,
     )
     box = (TILE_INNER, TILE_ROWS)
-    maps = [_tensor_map(a.data_ptr(), (inner, rows), (a.stride(0),), box) for a in inputs]
-    map_b = _tensor_map(
+    maps = [tensor_map(a.data_ptr(), (inner, rows), (a.stride(0),), box) for a in inputs]
+    map_b = tensor_map(
         tokens.data_ptr(),
         (inner, n, projections),
         (tokens.stride(1), tokens.stride(0)),
@@ -200,13 +194,13 @@ def _launch(
     device = weights.device
     clusters = min(_clusters(device.index, tiles if needs_row else 1), panels * tiles * projections)
     with torch.cuda.device(device):
-        kernel = _kernel(device.index, grads is not None, kind.norm_activation, kind.gelu_approximate)
+        kernel = compiled_kernel(device.index, grads is not None, kind.norm_activation, kind.gelu_approximate)
         stream = torch.cuda.current_stream().cuda_stream
         maps_a = _side_by_side(maps)
         pointers = (ctypes.c_void_p * 3)(
             ctypes.addressof(maps_a), map_b.getPtr(), ctypes.addressof(arguments)
         )
-        _check(
+        check(
             driver.cuLaunchKernel(
                 kernel,
                 BLOCKS * clusters,
@@ -215,7 +209,7 @@ def _launch(
                 _THREADS,
                 1,
                 1,
-                _SHARED_BYTES,
+                SHARED_BYTES,
                 stream,
                 ctypes.addressof(pointers),
                 0,
@@ -225,9 +219,9 @@ def _launch(
 
 def _side_by_side(maps: Sequence[Any]) -> Any:
     """``TensorMaps`` of the kernel, the last of which may be missing."""
-    place = (ctypes.c_byte * (_MAP_BYTES * _MOST_PROJECTIONS))()
-    for index, tensor_map in enumerate(maps):
-        ctypes.memmove(ctypes.addressof(place) + _MAP_BYTES * index, tensor_map.getPtr(), _MAP_BYTES)
+    place = (ctypes.c_byte * (MAP_BYTES * _MOST_PROJECTIONS))()
+    for index, map_a in enumerate(maps):
+        ctypes.memmove(ctypes.addressof(place) + MAP_BYTES * index, map_a.getPtr(), MAP_BYTES)
     return place
 
 
@@ -256,93 +250,11 @@ def _count_resident(device: int) -> int:
     config = driver.CUlaunchConfig()
     config.gridDimX, config.gridDimY, config.gridDimZ = BLOCKS, 1, 1
     config.blockDimX, config.blockDimY, config.blockDimZ = _THREADS, 1, 1
-    config.sharedMemBytes = _SHARED_BYTES
+    config.sharedMemBytes = SHARED_BYTES
     config.attrs, config.numAttrs = [cluster], 1
     with torch.cuda.device(device):
         torch.empty(1, device="cuda")  # makes the device's context the current one
-        (clusters,) = _check(
-            driver.cuOccupancyMaxActiveClusters(_kernel(device, False, "gelu", "none"), config)
+        (clusters,) = check(
+            driver.cuOccupancyMaxActiveClusters(compiled_kernel(device, False, "gelu", "none"), config)
         )
     return int(clusters)
-
-
-@functools.lru_cache(maxsize=4096)
-def _tensor_map(address: int, sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]) -> Any:
-    """How the copy engine finds a tile: axes from the innermost on, strides in elements of the others."""
-    from cuda.bindings import driver
-
-    bfloat16 = driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-    (tensor_map,) = _check(
-        driver.cuTensorMapEncodeTiled(
-            bfloat16,
-            len(sizes),
-            address,
-            [driver.cuuint64_t(size) for size in sizes],
-            [driver.cuuint64_t(2 * stride) for stride in strides],
-            [driver.cuuint32_t(size) for size in box],
-            [driver.cuuint32_t(1) for _ in sizes],
-            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
-            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
-        )
-    )
-    return tensor_map
-
-
-@functools.cache
-def _kernel(device: int, backward: bool, norm_activation: Any, gelu_approximate: str) -> Any:
-    """The kernel in this device's context, which is current."""
-    from cuda.bindings import driver
-
-    defines = (
-        f"-DBACKWARD={int(backward)}",
-        f"-DKIND={NORM_ACTIVATIONS.index(norm_activation)}",
-        f"-DTANH={int(gelu_approximate == 'tanh')}",
-        f"-DSHARED_BYTES_OF_HOST={_SHARED_BYTES}",
-        f"-DBLOCKS_OF_CLUSTER={BLOCKS}",
-    )
-    (module,) = _check(driver.cuModuleLoadData(_binary(defines)))
-    (function,) = _check(driver.cuModuleGetFunction(module, b"pattention"))
-    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    _check(driver.cuFuncSetAttribute(function, attribute, _SHARED_BYTES))
-    return function
-
-
-def _binary(defines: tuple[str, ...]) -> bytes:
-    """The kernel compiled with these defines, from Triton's cache where it is there."""
-    from cuda.bindings import nvrtc
-    from triton.runtime.cache import get_cache_manager
-
-    source = b"".join((Path(__file__).parent / part).read_bytes() for part in _PARTS)
-    options = ("--gpu-architecture=sm_90a", "--std=c++17", *defines)
-    version = _check(nvrtc.nvrtcVersion())
-    key = hashlib.sha256(source + repr((options, version)).encode()).hexdigest()
-    cache = get_cache_manager(key)
-    if (path := cache.get_file("pattention_sm90.cubin")) is not None:
-        return Path(path).read_bytes()
-    (program,) = _check(nvrtc.nvrtcCreateProgram(source, b"pattention_sm90.cu", 0, [], []))
-    encoded = [option.encode() for option in options]
-    (result,) = nvrtc.nvrtcCompileProgram(program, len(encoded), encoded)
-    if result != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-        (size,) = _check(nvrtc.nvrtcGetProgramLogSize(program))
-        log = b" " * size
-        _check(nvrtc.nvrtcGetProgramLog(program, log))
-        raise RuntimeError(f"pattention_sm90.cu does not compile with NVRTC {version}: {log.decode()}")
-    (size,) = _check(nvrtc.nvrtcGetCUBINSize(program))
-    binary = b" " * size
-    _check(nvrtc.nvrtcGetCUBIN(program, binary))
-    cache.put(binary, "pattention_sm90.cubin", binary=True)
-    return binary
-
-
-def _check(result: tuple[Any, ...]) -> tuple[Any, ...]:
-    """What a call of the driver or the compiler returned beside its status.
-
-    Raises:
-        RuntimeError: the status is not success.
-    """
-    status, *values = result
-    if status != type(status)(0):
-        raise RuntimeError(f"pattention_sm90: {status!r}")
-    return tuple(values)

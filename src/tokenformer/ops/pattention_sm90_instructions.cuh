@@ -14,7 +14,7 @@ constexpr int OFFSET_ROWS = OFFSET_SCORES + SCORES_WAIT * 2 * HALF_BYTES;  // fi
 constexpr int OFFSET_BARRIERS = OFFSET_ROWS + 2 * TILE_M * 16;
 // 1024 for alignment; the host asks for this much
 constexpr int SHARED_BYTES = OFFSET_BARRIERS + 2 * STAGES * 8 + 1024;
-static_assert(SHARED_BYTES <= SHARED_BYTES_OF_HOST, "keep in step with pattention_sm90.py");
+static_assert(SHARED_BYTES <= SHARED_BYTES_OF_HOST, "keep in step with pattention_sm90_driver.py");
 
 struct alignas(64) TensorMap { u64 opaque[16]; };
 struct TensorMaps { TensorMap of[MOST_PROJECTIONS]; };
