@@ -93,14 +93,27 @@ def test_float8_curve(
     written = tmp_path / "curve.json"
     sizes = ("--steps", 12, "--sequences", 2, "--length", 16, "--window", 3, "--lr", 1e-2)
     arguments = (tmp_path / "text.txt", "--model", "tiny", "--device", "cpu", *sizes)
-    run_script(monkeypatch, "float8_curve.py", *arguments, "--json", written)
+    run_script(monkeypatch, "float8_curve.py", *arguments, "--seeds", 0, 3, "--json", written)
     values = json.loads(written.read_text())
-    losses = values["losses"]["float8"]
-    assert losses == values["losses"]["bfloat16"]  # the same order of the same text
-    assert len(losses) == 12
-    assert losses[-1] < losses[0]
-    assert values["ratios"] == [1.0] * 4
-    assert "last_ratio 1.0" in capsys.readouterr().out
+    first, second = values["runs"]
+    means = first["means"]["float8"]
+    assert means == first["means"]["bfloat16"]  # the same order of the same text
+    assert means != second["means"]["float8"]
+    assert len(means) == 4
+    assert means[-1] < means[0]
+    assert first["ratios"] == values["mean_ratios"] == [1.0] * 4
+    assert values["standard_errors"] == [0.0] * 4
+    output = capsys.readouterr().out
+    assert "seed 3" in output
+    assert output.endswith("    9 -   12   1.00000   0.00000\n")
+
+
+def test_float8_curve_sums_up_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    script = runpy.run_path(str(BENCHMARKS / "float8_curve.py"))
+    summary = script["summarized"]([[1.0, 1.02], [1.01, 1.0], [1.02, 1.01]])
+    assert summary["mean_ratios"] == pytest.approx([1.01, 1.01])
+    assert summary["standard_errors"] == pytest.approx([0.01 / 3**0.5] * 2)
 
 
 def test_generate(
