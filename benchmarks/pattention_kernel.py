@@ -39,7 +39,7 @@ class Way(NamedTuple):
     gives: tuple[str, ...]
     product: Step
     product_and_pass: Callable[[], tuple[Tensor, ...]]
-    kernel: Callable[[], tuple[Tensor, ...]]
+    kernel: Callable[[], tuple[Tensor | None, ...]]
 
 
 def main() -> None:

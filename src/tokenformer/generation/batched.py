@@ -79,7 +79,8 @@ class BatchedStep:
         first = products.layers[0]  # all are of one form
         self._qkv = self._plan(first.qkv, _MOST_QKV_SPLITS)
         self._proj, self._ffn = self._plan(first.proj), self._plan(first.ffn)
-        self._head = self._plan([Product(None, products.head)], most_splits=1)
+        self._last = [Product(None, products.head)]
+        self._head = self._plan(self._last, most_splits=1)
 
     def __call__(self, tokens: Tensor, state: StaticDecoderState) -> Tensor:
         """``tokens`` [b, 1] to logits [b, v] float32, in memory that the next call overwrites."""
@@ -96,8 +97,7 @@ class BatchedStep:
             normed = self._normed(layer.ffn_norm, added)
             added = self._multiply(layer.ffn, self._ffn, launches, normed)
         normed = self._normed(products.norm, added)
-        head = [Product(None, products.head)]
-        logits = self._multiply(head, self._head, launches, normed, alpha=products.logit_scale)
+        logits = self._multiply(self._last, self._head, launches, normed, alpha=products.logit_scale)
         state.advance()
         return logits[0, :, 0]
 

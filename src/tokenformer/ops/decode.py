@@ -14,7 +14,7 @@ from tokenformer.ops.pattention import NORM_ACTIVATIONS, WeightKind
 KEYS_A_BLOCK = 64
 _ATTENTION_WARPS = 8
 _TILE_ELEMENTS = 24576
-_REGISTERS_FOR_THREE = 168  # of a thread, where three programs of four warps are to fit on a multiprocessor
+REGISTERS_FOR_THREE = 168  # of a thread, where three programs of four warps are to fit on a multiprocessor
 _GELU = WeightKind("gelu", 1.0)
 
 
@@ -215,7 +215,7 @@ def look_up(tokens: Tensor, table: Tensor, out: Tensor, *, launch: Launch = PLAI
     embed[grid](tokens, table, out, hidden, BLOCK=1024, **options)
 
 
-def launch_options(warps: int, launch: Launch, registers: int = _REGISTERS_FOR_THREE) -> dict[str, Any]:
+def launch_options(warps: int, launch: Launch, registers: int = REGISTERS_FOR_THREE) -> dict[str, Any]:
     """What a kernel that asks for its weights before it waits is compiled and launched with; at most so many registers
     a thread, where it has four warps."""
     if not launch.hopper:

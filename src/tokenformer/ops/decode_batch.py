@@ -13,7 +13,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tokenformer.ops.decode import PLAIN, Attended, Launch, Matrix, Normed, Weighed, launch_options
+from tokenformer.ops.decode import (
+    PLAIN,
+    REGISTERS_FOR_THREE,
+    Attended,
+    Launch,
+    Matrix,
+    Normed,
+    Weighed,
+    launch_options,
+)
 from tokenformer.ops.decode_batch_triton import join_attention as _join_attention
 from tokenformer.ops.decode_batch_triton import make_vectors as _make_vectors
 from tokenformer.ops.decode_batch_triton import product as _product
@@ -228,9 +237,8 @@ def multiply_batch(
     """
     projections, rows, columns = matrix.weight.shape
     b, terms, own_projections, _ = vectors.shape
-    options = launch_options(tile.warps, launch)
-    if tile.held < tile.pieces:  # of which no three have a place
-        options = launch_options(tile.warps, launch, registers=_MOST_REGISTERS)
+    # no three programs that take more pieces than they hold have a place
+    registers = _MOST_REGISTERS if tile.held < tile.pieces else REGISTERS_FOR_THREE
     _product[(projections * -(-rows // tile.rows), out.shape[0])](
         vectors,
         matrix.weight,
@@ -256,5 +264,5 @@ def multiply_batch(
         STAGES=tile.stages,
         THREADS=32 * tile.warps,
         HOPPER=launch.hopper,
-        **options,
+        **launch_options(tile.warps, launch, registers),
     )

@@ -42,6 +42,17 @@ def quantize_rows(first, second, third, quantized, scales, largest_scale, featur
 
 
 @triton.jit
+def _four_rows(source, inside, step):
+    """Words at ``source``, of every fourth row, and of the three rows after it, ``step`` words apart."""
+    return (
+        tl.load(source, mask=inside, other=0),
+        tl.load(source + step, mask=inside, other=0),
+        tl.load(source + 2 * step, mask=inside, other=0),
+        tl.load(source + 3 * step, mask=inside, other=0),
+    )
+
+
+@triton.jit
 def _store_columns(target, a, b, c, d, rows, columns, first_row, first_column):
     """Store rows a, b, c, d of every four, words of a tile [tile rows / 4, tile columns / 4], in the transposed copy
     [columns, rows / 4] at ``target``, where the tile's first column begins."""
@@ -70,13 +81,9 @@ def _transpose_tile(
     four, word = tl.arange(0, ROWS // 4), tl.arange(0, COLUMNS // 4)  # rows, a word of a row
     here = first_row + four // 4 * 16 < rows
     inside = here[:, None] & (first_column + word // 4 * 16 < columns)[None, :]
-    step = columns // 4
     source = quantized + ((matrix * rows + first_row) * columns + first_column) // 4
-    source += four[:, None] * columns + word[None, :]
-    a = tl.load(source, mask=inside, other=0)
-    b = tl.load(source + step, mask=inside, other=0)
-    c = tl.load(source + 2 * step, mask=inside, other=0)
-    d = tl.load(source + 3 * step, mask=inside, other=0)
+    place = four[:, None] * columns + word[None, :]
+    a, b, c, d = _four_rows(source + place, inside, columns // 4)
     if SCALED:
         inverse = 1 / tl.load(largest_scale)
         scale = scales + matrix * rows + first_row + 4 * four
@@ -179,11 +186,7 @@ def _quantize_tile(
     step = columns // 4
     start = (first_row.to(tl.int64) * columns + first_column) // 4
     place = four[:, None] * columns + word[None, :]
-    source = tokens + start + place
-    a = tl.load(source, mask=inside, other=0)
-    b = tl.load(source + step, mask=inside, other=0)
-    c = tl.load(source + 2 * step, mask=inside, other=0)
-    d = tl.load(source + 3 * step, mask=inside, other=0)
+    a, b, c, d = _four_rows(tokens + start + place, inside, step)
     block = tl.arange(0, MOST)
     scale = _scale_of(tl.max(tl.load(largest + block, mask=block < blocks, other=0.0), axis=0))
     if (tl.program_id(0) == 0) & (tile == 0):
